@@ -1,0 +1,72 @@
+"""Koinon: federated learning, one program from a laptop to a consortium.
+
+The public names are listed here and loaded when they are first used: `import koinon` loads no framework.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+_HOMES = {
+    "koinon.aggregate": ["Aggregator", "Optimizer", "collect", "mean", "sgd"],
+    "koinon.control": ["FedAvg", "Sampler", "everyone", "fraction"],
+    "koinon.data": ["by", "classes", "dirichlet", "equal", "explicit", "iid", "lognormal", "power_law", "shards"],
+    "koinon.errors": ["KoinonError"],
+    "koinon.filters": ["Filter", "chain", "clip", "exclude"],
+    "koinon.payload": ["Arrays", "Payload"],
+    "koinon.payload.tree": ["norm", "zip_map"],
+    "koinon.simulate": ["simulate"],
+    "koinon.task": ["Job"],
+    "koinon.training": ["task"],
+}
+_ROOMS = {
+    "data": "koinon.data",
+    "errors": "koinon.errors",
+    "numpy": "koinon.training.numpy",
+    "testing": "koinon.testing",
+    "torch": "koinon.training.torch",
+    "tracking": "koinon.tracking",
+}
+_NAMES = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = sorted([*_NAMES, *_ROOMS])  # pyright: ignore[reportUnsupportedDunderAll]
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from koinon import data, errors, testing, tracking
+    from koinon.aggregate import Aggregator, Optimizer, collect, mean, sgd
+    from koinon.control import FedAvg, Sampler, everyone, fraction
+    from koinon.data import by, classes, dirichlet, equal, explicit, iid, lognormal, power_law, shards
+    from koinon.errors import KoinonError
+    from koinon.filters import Filter, chain, clip, exclude
+    from koinon.payload import Arrays, Payload
+    from koinon.payload.tree import norm, zip_map
+    from koinon.simulate import simulate
+    from koinon.task import Job
+    from koinon.training import numpy, task, torch
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(_ROOMS[name])
+    if name in _NAMES:
+        return getattr(importlib.import_module(_NAMES[name]), name)
+    raise AttributeError(f"koinon has no '{name}'")
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+class _House(ModuleType):
+    """A public name wins over a room of the same name: `koinon.simulate` is the function, not its folder."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _NAMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _House

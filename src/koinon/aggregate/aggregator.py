@@ -1,0 +1,76 @@
+"""An aggregator: four functions that fold a round's updates into one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+from koinon.payload import Arrays
+
+State: TypeAlias = dict[str, Any]
+"""A fold in progress: dicts and lists around arrays and plain values, so that it can be stored and sent on."""
+
+
+@dataclass(frozen=True)
+class Aggregator:
+    """How many updates become one.
+
+    A fold is `finish(add(add(init(), update, weight), update, weight) …)`; folds that were made apart are
+    joined by `merge`.  A state that was handed to `add` or `merge` may be used up by it: go on with what
+    they return.  `koinon.testing.check_aggregator` holds a rule to the laws.
+
+    Args:
+        name: what errors call it.
+        init: a fold of nothing.
+        add: the fold with one site's update (named arrays, as the optimizer will see them) and its weight.
+        merge: two folds as one.
+        finish: the round's update.  At least one was added.
+        needs: `sum` if the rule needs only the weighted sum of the updates, `each` if it needs every one.
+        weighted: False if the rule ignores the weights.
+    """
+
+    name: str
+    init: Callable[[], State]
+    add: Callable[[State, Arrays, float], State]
+    merge: Callable[[State, State], State]
+    finish: Callable[[State], Arrays]
+    needs: Literal["sum", "each"] = "each"
+    weighted: bool = True
+
+
+def collect(
+    rule: Callable[[Sequence[Arrays], Sequence[float]], Arrays], *, name: str | None = None, weighted: bool = False
+) -> Aggregator:
+    """An aggregator from a function of all updates at once, for a rule that cannot be streamed.
+
+    Memory grows with the sites of a round.
+
+    Args:
+        rule: (updates, weights) -> update, each update a dict of named arrays.
+        name: what errors call it; by default the function it was written in.
+        weighted: True if the rule honours the weights.
+
+    >>> largest = collect(lambda updates, weights: max(updates, key=lambda update: abs(update["w"]).sum()))
+    >>> state = largest.add(largest.init(), {"w": np.array([1.0])}, 1.0)
+    >>> largest.finish(largest.add(state, {"w": np.array([-3.0])}, 1.0))
+    {'w': array([-3.])}
+    """
+
+    def add(state: State, update: Arrays, weight: float) -> State:
+        return {"updates": [*state["updates"], dict(update)], "weights": [*state["weights"], weight]}
+
+    def merge(left: State, right: State) -> State:
+        return {key: left[key] + right[key] for key in ("updates", "weights")}
+
+    return Aggregator(
+        name=name or rule.__qualname__.split(".")[0],
+        init=lambda: {"updates": [], "weights": []},
+        add=add,
+        merge=merge,
+        finish=lambda state: rule(state["updates"], state["weights"]),
+        needs="each",
+        weighted=weighted,
+    )

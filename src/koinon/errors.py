@@ -1,0 +1,98 @@
+"""What went wrong, to whom, and what to do: every error that Koinon raises on purpose.
+
+KoinonError
+ ├── SettingsError      a setting is unknown, of the wrong type or outside its domain
+ ├── DataError          data are missing, corrupt, or cannot be dealt out as asked
+ ├── MissingExtra       an optional library is not installed
+ ├── JobError           the parts of a job do not fit together
+ │    └── FilterMismatch    an aggregator and a filter exclude each other
+ ├── PayloadError       bytes or arrays that may not cross a border
+ ├── UpdateRefused      one site's answer cannot be counted
+ ├── QuorumNotReached   too few sites answered a task
+ └── RunError           a run folder is missing, taken, or belongs to another job
+
+The command line prints the message alone; `--debug` adds the traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable
+from types import ModuleType
+
+
+class KoinonError(Exception):
+    """The root of the tree: catch it to catch everything Koinon raises on purpose."""
+
+
+class SettingsError(KoinonError):
+    """A setting is unknown, of the wrong type or outside its domain."""
+
+
+class DataError(KoinonError):
+    """Data are missing, corrupt, or cannot be dealt out as asked."""
+
+
+class MissingExtra(KoinonError):
+    """An optional library is not installed."""
+
+
+class JobError(KoinonError):
+    """The parts of a job do not fit together."""
+
+
+class FilterMismatch(JobError):
+    """An aggregator needs to see what a filter hides."""
+
+
+class PayloadError(KoinonError):
+    """Bytes or arrays that may not cross a border."""
+
+
+class UpdateRefused(KoinonError):
+    """One site's answer cannot be counted; the round goes on if the quorum remains."""
+
+
+class QuorumNotReached(KoinonError):
+    """Too few sites answered a task.  `traceback` is the first failing site's, as text."""
+
+    def __init__(self, message: str, traceback: str = "") -> None:
+        super().__init__(message)
+        self.traceback = traceback
+
+
+class RunError(KoinonError):
+    """A run folder is missing, taken, or belongs to another job."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The ending of an error about an unknown name: the nearest known one, or all of them.
+
+    >>> nearest("alhpa", ["alpha", "sites"])
+    "did you mean 'alpha'?"
+    >>> nearest("x", ["alpha", "sites"])
+    'known are alpha, sites'
+    >>> nearest("x", [])
+    'there are none'
+    """
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1)
+    if close:
+        return f"did you mean '{close[0]}'?"
+    return f"known are {', '.join(names)}" if names else "there are none"
+
+
+def extra(module: str, name: str) -> ModuleType:
+    """Import an optional library, or say which extra of Koinon brings it.
+
+    Raises:
+        MissingExtra: the library is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as missing:
+        if missing.name and missing.name.split(".")[0] != module.split(".")[0]:
+            raise
+        library = module.split(".")[0]
+        raise MissingExtra(f"this needs {library}: pip install 'koinon[{name}]'") from missing

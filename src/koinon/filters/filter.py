@@ -1,0 +1,85 @@
+"""A filter: one privacy or compression step, with what the sender does and what the receiver must undo."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+from koinon.payload import Arrays, Payload
+
+State: TypeAlias = Any
+"""What a filter remembers from round to round, kept by the sender: dicts and lists of arrays and plain values."""
+
+
+def _same(payload: Payload, state: State, random: np.random.Generator) -> tuple[Payload, State]:
+    return payload, state
+
+
+@dataclass(frozen=True)
+class Filter:
+    """Both halves of one step, in one object.
+
+    Args:
+        name: what errors call it.
+        encode: sender: (payload, state, random) -> (payload, state).  Writes nothing in place.
+        decode: receiver: undoes what can be undone.
+        finish: server, once a round, on the aggregate.
+        init: the state before the first round.
+        shows: what the server sees: `each` site's own update, or only their `sum`.
+        keeps: of a model's array names, those that never leave the site and live on there.
+        check: raises JobError if the filter cannot work on this global model.
+    """
+
+    name: str
+    encode: Callable[[Payload, State, np.random.Generator], tuple[Payload, State]] = _same
+    decode: Callable[[Payload], Payload] = lambda payload: payload
+    finish: Callable[[Arrays], Arrays] = lambda update: update
+    init: Callable[[], State] = lambda: None
+    shows: Literal["each", "sum"] = "each"
+    keeps: Callable[[frozenset[str]], frozenset[str]] = lambda names: frozenset()
+    check: Callable[[Arrays], None] = lambda model: None
+
+
+def chain(*filters: Filter) -> Filter:
+    """Several filters as one: encoded left to right, undone right to left.
+
+    >>> chain().name
+    'nothing'
+    """
+    if len(filters) == 1:
+        return filters[0]
+
+    def encode(payload: Payload, state: State, random: np.random.Generator) -> tuple[Payload, State]:
+        states = []
+        for part, before in zip(filters, state, strict=True):
+            payload, after = part.encode(payload, before, random)
+            states.append(after)
+        return payload, states
+
+    def decode(payload: Payload) -> Payload:
+        for part in reversed(filters):
+            payload = part.decode(payload)
+        return payload
+
+    def finish(update: Arrays) -> Arrays:
+        for part in reversed(filters):
+            update = part.finish(update)
+        return update
+
+    def check(model: Arrays) -> None:
+        for part in filters:
+            part.check(model)
+
+    return Filter(
+        name=" + ".join(part.name for part in filters) or "nothing",
+        encode=encode,
+        decode=decode,
+        finish=finish,
+        init=lambda: [part.init() for part in filters],
+        shows="sum" if any(part.shows == "sum" for part in filters) else "each",
+        keeps=lambda names: frozenset().union(*(part.keeps(names) for part in filters)),
+        check=check,
+    )

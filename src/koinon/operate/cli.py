@@ -1,0 +1,226 @@
+"""The command line: a thin skin over `session`, with one place where errors become words."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from koinon import tracking
+from koinon.data import Source, Split, iid
+from koinon.errors import KoinonError, QuorumNotReached, RunError, SettingsError
+from koinon.operate import doctor as health
+from koinon.operate import session
+from koinon.tracking import Run, live, plots
+
+app = typer.Typer(
+    help="Federated learning: one program, unchanged, from a laptop to a consortium.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+data_app = typer.Typer(help="Look at data before training on them.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+JobFile = Annotated[Path, typer.Argument(metavar="JOB.py", help="a file with `job = koinon.Job(…)` or `def job(…)`")]
+Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a setting of the job; repeatable")]
+Rounds = Annotated[int | None, typer.Option(min=1, help="instead of the job's own")]
+Seed = Annotated[int, typer.Option(help="of every random stream")]
+Out = Annotated[Path | None, typer.Option(help="the run folder to make; by default the next free one in runs/")]
+Fast = Annotated[bool, typer.Option("--fast", help="one round of a few batches, to see that everything fits")]
+Alone = Annotated[bool, typer.Option("--alone", help="also train every site alone: who gains by joining?")]
+AsJson = Annotated[bool, typer.Option("--json", help="for machines")]
+Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks")]
+
+
+@app.command()
+def demo(out: Out = None, seed: Seed = 0, debug: Debug = False) -> None:
+    """Eight sites that hold different digits learn to read them together."""
+    order = session.Order(file=str(session.demo_file()), settings={}, seed=seed, alone=True, folder=os.getcwd())
+    _finish(lambda: session.run(order, out, [live()]))
+
+
+@app.command()
+def run(
+    job: JobFile,
+    settings: Settings = None,
+    rounds: Rounds = None,
+    seed: Seed = 0,
+    fast: Fast = False,
+    alone: Alone = False,
+    out: Out = None,
+    debug: Debug = False,
+) -> None:
+    """Run a job over virtual sites on this machine."""
+    order = session.Order(
+        file=str(job), settings=_pairs(settings), seed=seed, rounds=rounds, fast=fast, alone=alone, folder=os.getcwd()
+    )
+    _finish(lambda: session.run(order, out, [live()]))
+
+
+@app.command()
+def resume(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="a run folder")],
+    rounds: Rounds = None,
+    debug: Debug = False,
+) -> None:
+    """Go on with a stopped run after its last commit, to the same bits."""
+    _finish(lambda: session.resume(run, rounds, [live()]))
+
+
+@app.command()
+def runs(
+    root: Annotated[Path, typer.Argument(help="the folder of run folders")] = Path("runs"), as_json: AsJson = False
+) -> None:
+    """List the runs, oldest first."""
+    rows = [session.summary(tracking.read(path)) for path in tracking.folders(root)]
+    if not rows and not as_json:
+        raise RunError(f"there are no runs in '{root}': make one with `koinon demo`")
+    _show(rows, as_json)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="run folders")],
+    out: Annotated[Path, typer.Option(help="where the plot goes")] = Path("compare.png"),
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Put runs side by side: one table, one plot."""
+    read = [tracking.read(path) for path in runs]
+    _show([session.summary(one) for one in read], as_json)
+    path = plots.save(plots.compare(read), out)
+    if not as_json:
+        typer.echo(path)
+
+
+@data_app.command("show")
+def show(
+    job: Annotated[Path | None, typer.Argument(metavar="[JOB.py]", help="by default the demo's")] = None,
+    settings: Settings = None,
+    out: Annotated[Path, typer.Option(help="where the picture goes")] = Path("partition.png"),
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Draw who holds what: sites x classes."""
+    file = job or session.demo_file()
+    split = _split(session.Order(file=str(file), settings=_pairs(settings)).job().data)
+    labels, table = [str(label) for label in split.labels], split.table()
+    if as_json:
+        typer.echo(json.dumps({**split.describe(), "labels": labels, "table": table.tolist()}))
+        return
+    shown = min(split.sites, 40)
+    rows = [
+        {"site": split.names[site], **dict(zip(labels, table[site].tolist(), strict=True)), "all": int(table[site].sum())}
+        for site in range(shown)
+    ]
+    _show(rows, as_json)
+    if shown < split.sites:
+        typer.echo(f"… and {split.sites - shown} more sites")
+    shown = min(split.sites, 200)
+    typer.echo(plots.save(plots.partition(table[:shown].tolist(), list(split.names[:shown]), labels), out))
+
+
+@app.command()
+def doctor(
+    job: Annotated[Path | None, typer.Argument(metavar="[JOB.py]")] = None,
+    settings: Settings = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Check this machine, and what a job would do on it: shapes, buffers, filters, what leaves a site."""
+    found: dict[str, Any] = {"machine": health.machine()}
+    if job is not None:
+        found["job"] = health.job(session.Order(file=str(job), settings=_pairs(settings)).job())
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    for title, part in found.items():
+        typer.echo(title)
+        for key, value in part.items():
+            if key == "arrays":
+                _show(value, False)
+            else:
+                typer.echo(f"  {key.replace('_', ' '):20} {_words(value)}")
+
+
+def main() -> None:
+    """Run the command line; every error ends in words and an exit code that is not 0."""
+    try:
+        app()
+    except KoinonError as error:
+        site = error.traceback if isinstance(error, QuorumNotReached) else ""
+        _stop(f"{site}error: {error}")
+    except Exception as error:
+        _stop(f"error: {type(error).__name__}: {error} (--debug shows where)")
+
+
+def _stop(message: str) -> None:
+    if "--debug" in sys.argv:
+        traceback.print_exc()
+    typer.echo(message, err=True)
+    sys.exit(1)
+
+
+def _finish(work: Callable[[], Run]) -> None:
+    """Every run ends with the place where one can look at it."""
+    try:
+        run = work()
+    except KeyboardInterrupt:
+        typer.echo("stopped: `koinon resume` goes on from the last commit", err=True)
+        raise typer.Exit(130) from None
+    page = run.path / "report.html"
+    typer.echo(page if page.exists() else run.path)
+
+
+def _pairs(settings: list[str] | None) -> dict[str, str]:
+    """key=value … as a dict."""
+    pairs = {}
+    for entry in settings or []:
+        key, equals, value = entry.partition("=")
+        if not equals:
+            raise SettingsError(f"--set {entry}: write --set {entry}=VALUE")
+        pairs[key.strip()] = value
+    return pairs
+
+
+def _split(data: Any) -> Split:
+    if data is None:
+        raise SettingsError("this job brings no data: give data= to its Job")
+    return data.split(iid(), sites=8) if isinstance(data, Source) else data
+
+
+def _show(rows: list[dict[str, Any]], as_json: bool) -> None:
+    """Rows of the same keys as a table, or as JSON."""
+    if as_json:
+        typer.echo(json.dumps(rows))
+        return
+    table = Table(box=None, pad_edge=False)
+    for key, value in rows[0].items():
+        table.add_column(key.replace("_", " "), justify="left" if isinstance(value, str) else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(_words(value) for value in row.values()))
+    console = Console()
+    console.print(table, width=None if console.is_terminal else 160)
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_words(entry)}" for key, entry in value.items())
+    if isinstance(value, list):
+        return " ".join(_words(entry) for entry in value) if value else "none"
+    return "–" if value is None else str(value)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""Everything that the command line can do, as functions."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import koinon
+from koinon.errors import MissingExtra, RunError
+from koinon.operate import jobfile
+from koinon.simulate import simulate
+from koinon.task import Job
+from koinon.tracking import Event, Run, Sink, next_free, read, report
+from koinon.tracking.folder import read_json, write_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """A command to run a job, as it is kept in the run folder (command.json) for a resume.
+
+    Args:
+        file: the job file.
+        settings: name -> text.
+        seed: of the run.
+        rounds: instead of the job's own.
+        fast: one round of a few batches.
+        alone: also train every site alone.
+        folder: where the command was given; paths in settings are relative to it.
+    """
+
+    file: str
+    settings: Mapping[str, str]
+    seed: int = 0
+    rounds: int | None = None
+    fast: bool = False
+    alone: bool = False
+    folder: str = "."
+
+    def job(self, copy: Path | None = None) -> Job:
+        """The job that is ordered, from its file or from a copy of it."""
+        file = Path(self.file)
+        job = jobfile.load(copy or file, self.settings, seed=self.seed, home=file.parent)
+        job = job.with_rounds(self.rounds) if self.rounds else job
+        return job.fast() if self.fast else job
+
+
+def demo_file() -> Path:
+    """The job of `koinon demo`: examples/digits.py, which an installed package carries beside this file."""
+    packaged = Path(__file__).with_name("digits.py")
+    return packaged if packaged.exists() else Path(__file__).parents[3] / "examples" / "digits.py"
+
+
+def run(order: Order, out: Path | None, sinks: Sequence[Sink]) -> Run:
+    """Run what is ordered, and leave a report.
+
+    Raises:
+        RunError: `out` exists.
+    """
+    job = order.job()
+    path = out or next_free(Path("runs"), Path(order.file).stem)
+
+    def keep(event: Event) -> None:
+        if event.kind == "start":  # the folder exists from here on
+            write_json(path / "command.json", vars(order))
+            shutil.copyfile(order.file, path / "job.py")
+
+    return publish(simulate(job, seed=order.seed, out=path, alone=order.alone, sinks=[keep, *sinks]), sinks)
+
+
+def resume(path: Path, rounds: int | None, sinks: Sequence[Sink]) -> Run:
+    """Go on with a run after its last commit, to the same bits as if it had never stopped.
+
+    Raises:
+        RunError: there is no run, or it was not started from a job file.
+    """
+    read(path)
+    kept = read_json(path / "command.json")
+    if kept is None:
+        raise RunError(f"'{path}' was not started from a job file: call koinon.simulate(…, out='{path}', resume=True)")
+    order = Order(**{**kept, "rounds": rounds or kept["rounds"]})
+    path = path.resolve()
+    if Path(order.folder).is_dir():
+        os.chdir(order.folder)  # paths in the settings mean what they meant
+    job = order.job(path / "job.py")
+    return publish(simulate(job, seed=order.seed, out=path, resume=True, alone=order.alone, sinks=sinks), sinks)
+
+
+def publish(run: Run, sinks: Sequence[Sink] = ()) -> Run:
+    """Draw the curves and write the report; without matplotlib, say how to get them."""
+    try:
+        report.curves_png(run)
+        report.write(run)
+    except MissingExtra as missing:
+        for sink in sinks:
+            sink(Event("warning", 0.0, values={"message": f"no report: {missing}"}))
+    return run
+
+
+def summary(run: Run) -> dict[str, Any]:
+    """A run in one line of a table."""
+    score = run.info.get("score", "accuracy")
+    series = run.series(score) or run.series("loss")
+    best = run.info.get("best") or {}
+    return {
+        "run": run.name,
+        "state": koinon.tracking.state_of(run.info),
+        "sites": run.info.get("sites"),
+        "rounds": max((row.round for row in run.series("seconds")), default=0),
+        "score": series[-1].name if series else "",
+        "last": series[-1].value if series else None,
+        "best": best.get("value"),
+        "best_round": best.get("round"),
+        "bytes_up": sum(row.value for row in run.series("bytes_up")),
+        "seconds": round(sum(row.value for row in run.series("seconds")), 1),
+        "began": run.info.get("began"),
+    }

@@ -1,0 +1,150 @@
+"""Bytes <-> named arrays and plain values.
+
+The form is a safetensors file, readable by anything that reads safetensors: every array is a tensor under
+its path ("model/fc1.weight"), and the metadata entry `koinon` holds the rest as JSON, in which
+`{"$array": path}` stands where an array was.  Nothing in it can be executed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any, cast
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from koinon.errors import PayloadError
+from koinon.payload.payload import Arrays, Kind, Payload, Plain
+
+MARK = "$array"
+MAX_BYTES = 16 << 30
+"""What `decode` takes before it refuses, unless told otherwise."""
+
+
+def encode(payload: Payload) -> bytes:
+    """A payload as bytes.
+
+    Raises:
+        PayloadError: a value is neither plain nor an array, or an array has a dtype without a wire form.
+    """
+    arrays, skeleton = _parts(payload)
+    return _dump(arrays, skeleton)
+
+
+def decode(data: bytes, limit: int = MAX_BYTES) -> Payload:
+    """The payload in these bytes.
+
+    Raises:
+        PayloadError: more bytes than `limit`, not a safetensors file, or not a payload.
+    """
+    if len(data) > limit:
+        raise PayloadError(f"a payload of {len(data):,} bytes is over the limit of {limit:,}")
+    tree = unpack(data)
+    if not isinstance(tree, dict) or set(tree) != {"kind", "arrays", "values"}:
+        raise PayloadError("these bytes hold no payload: kind, arrays and values are expected")
+    if not isinstance(tree["arrays"], dict) or not isinstance(tree["values"], dict):
+        raise PayloadError("these bytes hold no payload: arrays and values must be named")
+    return Payload(cast(Kind, tree["kind"]), tree["arrays"], tree["values"])
+
+
+def size(payload: Payload) -> int:
+    """How many bytes `encode` would make, without making them."""
+    arrays, skeleton = _parts(payload)
+    signature = tuple((name, array.dtype.str, array.shape) for name, array in arrays.items())
+    header = _bare_header(signature) + len(json.dumps(json.dumps(skeleton)))
+    return 8 + -(-header // 8) * 8 + sum(array.nbytes for array in arrays.values())
+
+
+def pack(tree: Plain | Arrays, **notes: str) -> bytes:
+    """Any nesting of string-keyed dicts and lists around arrays and plain values, as bytes.
+
+    Args:
+        tree: what to pack.
+        notes: further metadata for whoever opens the file with another program; `unpack` ignores them.
+
+    Raises:
+        PayloadError: something in it is neither.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    skeleton = _flatten(tree, "", arrays)
+    return _dump(arrays, skeleton, **notes)
+
+
+def unpack(data: bytes) -> Any:
+    """What `pack` was given.
+
+    Raises:
+        PayloadError: not the bytes of a tree.
+    """
+    try:
+        arrays = safetensors.numpy.load(data)
+        length = int.from_bytes(data[:8], "little")
+        metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+        if "koinon" not in metadata:
+            raise PayloadError("these bytes are a safetensors file that Koinon did not write")
+        return _restore(json.loads(metadata["koinon"]), arrays)
+    except KeyError as cause:
+        raise PayloadError(f"the array {cause} is announced but missing") from cause
+    except (safetensors.SafetensorError, ValueError, TypeError) as cause:
+        raise PayloadError(f"these bytes are no safetensors file: {cause}") from cause
+    except RecursionError as cause:
+        raise PayloadError("these bytes hold values nested without end") from cause
+
+
+def _parts(payload: Payload) -> tuple[dict[str, np.ndarray], Plain]:
+    arrays: dict[str, np.ndarray] = {}
+    tree = {"kind": payload.kind, "arrays": payload.arrays, "values": payload.values}
+    return arrays, _flatten(tree, "", arrays)
+
+
+def _dump(arrays: dict[str, np.ndarray], skeleton: Plain, **notes: str) -> bytes:
+    contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+    try:
+        return safetensors.numpy.save(contiguous, {"koinon": json.dumps(skeleton), **notes})
+    except (KeyError, ValueError, safetensors.SafetensorError) as cause:
+        raise PayloadError(f"an array of this type has no wire form: {cause}") from cause
+
+
+def _flatten(tree: Any, path: str, arrays: dict[str, np.ndarray]) -> Plain:
+    """The tree with a mark in place of each array; the arrays go into `arrays` under their paths."""
+    if isinstance(tree, np.ndarray):
+        if path in arrays:
+            raise PayloadError(f"two arrays have the path '{path}'")
+        arrays[path] = tree
+        return {MARK: path}
+    if isinstance(tree, Mapping):
+        if MARK in tree or not all(isinstance(key, str) for key in tree):
+            raise PayloadError(f"'{path}' has a key that may not cross: keys are strings other than '{MARK}'")
+        return {key: _flatten(value, f"{path}/{key}" if path else key, arrays) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [_flatten(value, f"{path}/{index}", arrays) for index, value in enumerate(tree)]
+    if isinstance(tree, np.generic):
+        tree = tree.item()
+    if tree is None or isinstance(tree, (bool, int, float, str)):
+        return tree
+    raise PayloadError(f"'{path}' is a {type(tree).__name__}; only arrays and plain values may cross")
+
+
+def _restore(skeleton: Any, arrays: dict[str, np.ndarray]) -> Any:
+    if isinstance(skeleton, dict):
+        if set(skeleton) == {MARK}:
+            return arrays[skeleton[MARK]]
+        return {key: _restore(value, arrays) for key, value in skeleton.items()}
+    if isinstance(skeleton, list):
+        return [_restore(value, arrays) for value in skeleton]
+    return skeleton
+
+
+@lru_cache(maxsize=64)
+def _bare_header(signature: tuple[tuple[str, str, tuple[int, ...]], ...]) -> int:
+    """Length of the safetensors header for such arrays, before padding and without the skeleton.
+
+    The header holds every array's place in the file, so it depends on the signature alone: a model's is
+    measured once.
+    """
+    data = _dump({name: np.zeros(shape, dtype) for name, dtype, shape in signature}, "")
+    length = int.from_bytes(data[:8], "little")
+    return len(data[8 : 8 + length].rstrip(b" ")) - len(json.dumps(json.dumps("")))

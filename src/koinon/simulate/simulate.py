@@ -1,0 +1,162 @@
+"""Many sites in one process: the whole path of a round, with the local transport and the inline runner."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from koinon import tracking
+from koinon.control import Federation, Sites
+from koinon.data import SiteData, Source, Split, iid
+from koinon.errors import KoinonError, SettingsError
+from koinon.payload import Plain
+from koinon.site import Agent, Inline
+from koinon.task import Job
+from koinon.tracking import SERVER, Commit, Folder, Run, Sink, Tracker
+from koinon.transport import Local
+
+PICTURED = 200
+"""A partition of more sites is recorded by its figures only."""
+
+
+def simulate(
+    job: Job,
+    data: Split | Source | None = None,
+    *,
+    sites: int | None = None,
+    seed: int = 0,
+    out: str | Path | None = None,
+    resume: bool = False,
+    alone: bool = False,
+    sinks: Sequence[Sink] | None = None,
+) -> Run:
+    """Run a job over virtual sites, in this process.
+
+    Two runs of the same job, data and seed end in the same bits, also if one was killed and resumed.
+
+    Args:
+        job: what runs.
+        data: what the sites hold: a split, or a source that is dealt out evenly over `sites`; by default
+            the job's own.
+        sites: how many, where `data` is a source.
+        seed: of every random stream but the partition's, which has its own.
+        out: the run folder to make; by default the first free `runs/<controller>-<n>`.
+        resume: go on from the last commit of the run in `out`.
+        alone: also train every site alone, with the same budget, to see who gains by joining.
+        sinks: who is told of every event besides the run folder; by default a live view.
+
+    Returns:
+        The finished run, read back from its folder.
+
+    Raises:
+        KoinonError: what could not be done, by whom, and what to do.  The run folder keeps the last commit.
+    """
+    split = _split(job.data if data is None else data, sites)
+    path = Path(out) if out else tracking.next_free(Path("runs"), type(job.controller).__name__.lower())
+    model = job.first_model(seed)  # before anything is written: a job that cannot start leaves no folder
+    info = _info(job, split, seed)
+    folder = Folder.reopen(path, info) if resume else Folder.create(path, info)
+    last = folder.last() if resume else None
+    tracker = Tracker(folder, *([tracking.live()] if sinks is None else sinks), after=last.time if last else 0.0)
+    transport = Local(_agents(job, split, seed), last.sites if last else {})
+    federation = Federation(
+        job, _sites(split), transport=transport, store=folder, tracker=tracker, seed=seed, last=last
+    )
+    rounds = info["rounds"]
+    tracker.emit("start", last.round if last else 0, run=str(path), rounds=rounds, sites=split.sites, score=job.score)
+    state, reason = "stopped", "interrupted"
+    try:
+        job.controller.run(federation, model)
+        if alone:
+            _alone(job, split, seed, tracker=tracker, folder=folder)
+        state, reason = "finished", ""
+    except KoinonError as error:
+        state, reason = "failed", str(error)
+        raise
+    except Exception as error:
+        state, reason = "failed", f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        folder.set_state(state, reason)
+        tracker.emit("end", state=state, reason=reason)
+    return tracking.read(path)
+
+
+def _split(data: Any, sites: int | None) -> Split:
+    """The split to run on.
+
+    Raises:
+        SettingsError: there is none.
+    """
+    if isinstance(data, Source):
+        return data.split(iid(), sites=sites or 8)
+    if data is None:
+        raise SettingsError("there are no data to deal out: give data= to the Job or to simulate()")
+    if sites is not None and sites != data.sites:
+        raise SettingsError(f"the data are dealt out over {data.sites} sites already; sites={sites} cannot change that")
+    split: Split = data
+    return split
+
+
+def _sites(split: Split) -> Sites:
+    """All sites take part; those that hold held-out data evaluate, and so does the server if it holds some."""
+    evaluators = tuple(split.evaluators)
+    return Sites(split.names, evaluators + ((SERVER,) if split.server is not None else ()))
+
+
+def _agents(job: Job, split: Split, seed: int) -> Callable[[str], Agent]:
+    """name -> agent; all of them share one runner, so that a model is built once."""
+    runner = Inline(job)
+
+    def agent(name: str) -> Agent:
+        data = SiteData(None, split.server) if name == SERVER else split.site(split.names.index(name))
+        return Agent(name, data, runner, job.upload, job.download, seed)
+
+    return agent
+
+
+def _alone(job: Job, split: Split, seed: int, *, tracker: Tracker, folder: Folder) -> None:
+    """Train every site by itself with the job's own controller, and record its metrics as `alone_…`."""
+    for name in split.evaluators:
+        commits: list[Commit] = []
+        only = Sites([name], [name])
+        transport, store = Local(_agents(job, split, seed)), SimpleNamespace(commit=commits.append)
+        federation = Federation(job, only, transport=transport, store=store, tracker=Tracker(), seed=seed)
+        job.controller.run(federation, job.first_model(seed))
+        shown = {f"alone_{metric}": commits[-1].metrics[metric] for metric in (job.score, "loss") if metric in commits[-1].metrics}
+        tracker.emit("metric", commits[-1].round, name, **shown)
+    folder.flush()
+
+
+def _info(job: Job, split: Split, seed: int) -> dict[str, Plain]:
+    """What run.json says from the start."""
+    partition = {**split.describe()}
+    if split.sites <= PICTURED:
+        partition |= {"names": list(split.names), "labels": [str(label) for label in split.labels]}
+        partition["table"] = split.table().tolist()
+    return {
+        "job": type(job.controller).__name__,
+        "seed": seed,
+        "rounds": getattr(job.controller, "rounds", 0),
+        "sites": split.sites,
+        "score": job.score,
+        "began": datetime.now(UTC).isoformat(timespec="seconds"),
+        "settings": {key: value for key, value in job.describe().items()},
+        "partition": partition,
+        "versions": _versions(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    """Of Python, Koinon and the libraries that can change a result."""
+    versions = {"python": platform.python_version(), "machine": platform.platform()}
+    for name in ("koinon", "numpy", "torch"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions

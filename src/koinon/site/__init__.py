@@ -1,0 +1,6 @@
+"""AT THE SITE: the agent that answers tasks, and the runner of the executors."""
+
+from koinon.site.agent import Agent, SiteContext, State
+from koinon.site.runner import Inline, Runner
+
+__all__ = ["Agent", "Inline", "Runner", "SiteContext", "State"]

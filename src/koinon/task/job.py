@@ -1,0 +1,246 @@
+"""A job: what is submitted.  Its parts are checked against each other when it is built; it has a state."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeAlias, cast
+
+import numpy as np
+
+from koinon.aggregate import Aggregator
+from koinon.errors import FilterMismatch, JobError, SettingsError
+from koinon.filters import Filter, chain
+from koinon.payload import Arrays, Payload, Plain
+
+
+class Context(Protocol):
+    """What an executor is told besides the payload: who and where it is, and what it may touch."""
+
+    @property
+    def task(self) -> str:
+        """The task's name."""
+
+    @property
+    def site(self) -> str:
+        """This site's name."""
+
+    @property
+    def round(self) -> int:
+        """The controller's round."""
+
+    @property
+    def data(self) -> Any:
+        """The site's data: `data.train` and `data.test`, each a Dataset or None."""
+
+    def stream(self, purpose: str) -> np.random.Generator:
+        """A random stream of this site, round and purpose."""
+
+    def number(self, purpose: str) -> int:
+        """An integer of 63 bits from the same key, to seed a library with."""
+
+
+Worker: TypeAlias = Callable[[Payload, Context], Payload]
+"""An opened executor: (payload, context) -> payload."""
+
+
+class Executor(Protocol):
+    """What answers tasks at a site.
+
+    `open` is called once a worker, which then answers any number of tasks of any number of sites: what is
+    expensive to build belongs there.
+    """
+
+    @property
+    def tasks(self) -> Collection[str]:
+        """The names of the tasks that it answers."""
+
+    def open(self) -> Worker:
+        """Build what is expensive, once."""
+
+    def initial(self, seed: int) -> Arrays | None:
+        """The first global model, or None if this executor has none to offer."""
+
+
+class Controller(Protocol):
+    """What happens in which order, on the server."""
+
+    def run(self, federation: Any, model: Arrays) -> Arrays:
+        """From the first global model to the last."""
+
+
+JobState: TypeAlias = Literal["submitted", "running", "finished", "failed", "stopped"]
+
+TRANSITIONS: Mapping[JobState, frozenset[JobState]] = {
+    "submitted": frozenset({"running", "stopped"}),
+    "running": frozenset({"finished", "failed", "stopped"}),
+    "stopped": frozenset({"running"}),  # a stopped or failed job is resumed from its last commit
+    "failed": frozenset({"running"}),
+    "finished": frozenset({"running"}),  # with more rounds
+}
+
+
+def move(before: JobState, after: JobState) -> JobState:
+    """The state `after`, if it may follow `before`.
+
+    Raises:
+        JobError: it may not.
+    """
+    if after not in TRANSITIONS[before]:
+        raise JobError(f"a job that is {before} cannot become {after}")
+    return after
+
+
+@dataclass(frozen=True, init=False)
+class Job:
+    """A controller, the executors that answer its tasks, and the filters on every crossing.
+
+    Args:
+        controller: such as `koinon.FedAvg(rounds=10)`.
+        executors: such as `koinon.torch.LocalSGD(…)` or functions marked with `@koinon.task`.
+        model: the first global model as named arrays; by default an executor's own.
+        data: what a simulation deals out to virtual sites (a `koinon.data` split or source).
+        upload: the filter on what sites send.
+        download: the filter on what the server sends.
+        quorum: the share of the asked sites whose answers are enough, in (0, 1].
+        score: the metric that picks the best model; the lower wins for `loss` and `…_loss`.
+
+    Raises:
+        JobError: the parts do not fit together: FilterMismatch for a rule that needs to see what a filter hides.
+        SettingsError: quorum is outside (0, 1].
+    """
+
+    controller: Controller
+    executors: tuple[Executor, ...]
+    model: Arrays | None
+    data: Any
+    upload: Filter
+    download: Filter
+    quorum: float
+    score: str
+
+    def __init__(
+        self,
+        controller: Controller,
+        *executors: Executor,
+        model: Arrays | None = None,
+        data: Any = None,
+        upload: Filter | None = None,
+        download: Filter | None = None,
+        quorum: float = 0.5,
+        score: str = "accuracy",
+    ) -> None:
+        parts = {
+            "controller": controller,
+            "executors": executors,
+            "model": model,
+            "data": data,
+            "upload": upload or chain(),
+            "download": download or chain(),
+            "quorum": quorum,
+            "score": score,
+        }
+        for name, value in parts.items():
+            object.__setattr__(self, name, value)
+        self._check()
+
+    def _check(self) -> None:
+        """Refuse what could only fail later."""
+        if not self.executors:
+            raise JobError("a Job needs an executor: koinon.torch.LocalSGD(…) or a function marked @koinon.task")
+        for executor in self.executors:
+            if isinstance(executor, type) or not hasattr(executor, "open"):
+                raise JobError(f"{executor!r} is no executor: mark a function with @koinon.task('train')")
+        named = [name for executor in self.executors for name in executor.tasks]
+        for name in named:
+            if named.count(name) > 1:
+                raise JobError(f"two executors answer the task '{name}': leave one out")
+        if not 0 < self.quorum <= 1:
+            raise SettingsError(f"quorum is a share of the sites in (0, 1], not {self.quorum}")
+        if self.download.shows == "sum":
+            raise FilterMismatch(f"{self.download.name} hides single updates: it belongs in upload=, not in download=")
+        for rule in self._aggregators():
+            if rule.needs == "each" and self.upload.shows == "sum":
+                raise FilterMismatch(
+                    f"{rule.name} needs each site's own update, but {self.upload.name} lets the server see only "
+                    f"their sum. Use mean(), or leave {self.upload.name} out of upload=."
+                )
+
+    def _aggregators(self) -> list[Aggregator]:
+        values = vars(self.controller).values() if hasattr(self.controller, "__dict__") else ()
+        return [value for value in values if isinstance(value, Aggregator)]
+
+    def executor(self, task: str) -> Executor | None:
+        """The executor that answers a task, or None."""
+        return next((executor for executor in self.executors if task in executor.tasks), None)
+
+    def replace(self, **changes: Any) -> Job:
+        """The same job with other parts, checked again."""
+        parts = {name: getattr(self, name) for name in self.__dataclass_fields__} | changes
+        return Job(parts.pop("controller"), *parts.pop("executors"), **parts)
+
+    def with_rounds(self, rounds: int) -> Job:
+        """The same job with another number of rounds.
+
+        Raises:
+            JobError: its controller has no rounds.
+        """
+        if not hasattr(self.controller, "rounds"):
+            raise JobError(f"{type(self.controller).__name__} has no rounds to set")
+        return self.replace(controller=dataclasses.replace(cast(Any, self.controller), rounds=rounds))
+
+    def fast(self) -> Job:
+        """One round of a few batches, to see that everything fits together."""
+        short = [
+            dataclasses.replace(cast(Any, executor), max_batches=2) if hasattr(executor, "max_batches") else executor
+            for executor in self.executors
+        ]
+        return self.replace(executors=tuple(short)).with_rounds(1)
+
+    def first_model(self, seed: int) -> Arrays:
+        """The first global model: the job's own, or the first that an executor offers.
+
+        Raises:
+            JobError: there is none, or a filter cannot work on it.
+        """
+        offers = (executor.initial(seed) for executor in self.executors)
+        model = self.model if self.model is not None else next((offer for offer in offers if offer is not None), None)
+        if model is None:
+            raise JobError("this job has no first model: give Job(model={'name': array, …})")
+        self.upload.check(model)
+        self.download.check(model)
+        return model
+
+    def describe(self) -> dict[str, Plain]:
+        """Every setting as plain values, for the record of a run."""
+        return {
+            "controller": describe(self.controller),
+            "executors": [describe(executor) for executor in self.executors],
+            "upload": self.upload.name,
+            "download": self.download.name,
+            "quorum": self.quorum,
+            "score": self.score,
+        }
+
+
+def describe(value: Any) -> Plain:
+    """Any setting as plain values: frozen objects by their fields, functions and classes by name.
+
+    >>> describe({"rate": 0.1, "rule": len})
+    {'rate': 0.1, 'rule': 'len'}
+    """
+    if isinstance(value, (bool, int, float, str, type(None))):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): describe(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [describe(entry) for entry in value]
+    if isinstance(value, np.ndarray):
+        return f"array of shape {value.shape}, {value.dtype}"
+    if isinstance(getattr(value, "name", None), str):
+        return str(value.name)  # an aggregator, an optimizer, a sampler: its name says its settings
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: describe(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {"type": type(value).__name__, **fields}
+    return str(getattr(value, "__qualname__", type(value).__name__))

@@ -1,0 +1,59 @@
+"""One stream of events feeds everything that a run says of itself: the live view, the run folder, the report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+FEDERATION = "federation"
+"""The site column of what holds for the federation as a whole."""
+
+SERVER = "server"
+"""The site column of what the server measured on data of its own."""
+
+Kind: TypeAlias = Literal["start", "round", "result", "refused", "metric", "commit", "warning", "end"]
+"""
+start    the run begins           values: run, rounds, sites, seed, resumed (the round it goes on after)
+round    a round begins           values: asked
+result   a site answered          values: its train_ metrics, samples, began, seconds, bytes_up, bytes_down
+refused  a site's answer does not count   values: reason, traceback
+metric   a model was evaluated    values: metrics such as accuracy and loss, samples
+commit   a round is durable       values: the federation's metrics, seconds, bytes_up, bytes_down, answered, asked
+warning  somebody should know     values: message
+end      the run is over          values: state (finished, failed, stopped), reason
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened in a run, `time` seconds after its process began."""
+
+    kind: Kind
+    time: float
+    round: int = 0
+    site: str = FEDERATION
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+
+Sink: TypeAlias = Callable[[Event], None]
+"""Whoever wants to know.  A sink must not raise: a run does not end because nobody could watch it."""
+
+
+class Tracker:
+    """Sends every event to every sink, stamped with the seconds since the run began."""
+
+    def __init__(self, *sinks: Sink, after: float = 0.0) -> None:
+        self._sinks = sinks
+        self._began = time.perf_counter() - after  # a resumed run's clock goes on where it stood
+
+    def now(self) -> float:
+        """Seconds since the run began."""
+        return time.perf_counter() - self._began
+
+    def emit(self, kind: Kind, round: int = 0, site: str = FEDERATION, **values: Any) -> None:
+        """Tell every sink."""
+        event = Event(kind, self.now(), round, site, values)
+        for sink in self._sinks:
+            sink(event)

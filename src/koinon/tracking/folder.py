@@ -1,0 +1,256 @@
+"""The run folder: settings, one tidy table, the models, and what a resume needs.  Whole up to the last commit.
+
+    run.json              what runs: settings, seed, versions, partition, state
+    metrics.csv           run, round, site, name, value, time
+    commit.json           the last commit; replacing this file *is* the commit
+    commits/              the files that commit.json names
+    last.safetensors      the last commit's model; best.safetensors: the best one's, its round in the metadata
+
+A process may be killed at any moment: what commit.json does not name was never there.  (Files are renamed into
+place but not forced to disk: a power cut may cost the last rounds, not the folder.)
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from koinon.errors import RunError
+from koinon.payload import codec
+from koinon.tracking.events import FEDERATION, Event
+from koinon.tracking.run import Row
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A round made durable.
+
+    Args:
+        round: which.
+        state: the controller's named state; `model` is among it.
+        sites: what the sites remember, where a simulation keeps them.
+        metrics: the federation's numbers of this round.
+        time: seconds since the run began.
+    """
+
+    round: int
+    state: Mapping[str, Any]
+    sites: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    time: float = 0.0
+
+
+class Folder:
+    """A run folder that is being written: a sink of events and the store of commits.
+
+    Use `create` for a new run and `reopen` for one that is to go on.
+    """
+
+    def __init__(self, path: Path, info: dict[str, Any]) -> None:
+        self.path, self.info = path, info
+        self._rows: list[Row] = []
+        self._commit: dict[str, Any] = read_json(path / "commit.json") or {}
+
+    @classmethod
+    def create(cls, path: Path, info: Mapping[str, Any]) -> Folder:
+        """Make the folder.
+
+        Raises:
+            RunError: it exists.
+        """
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError as taken:
+            raise RunError(
+                f"'{path}' exists: go on from it with `koinon resume {path}`, or name another with --out"
+            ) from taken
+        (path / "commits").mkdir()
+        with (path / "metrics.csv").open("w", newline="") as table:
+            csv.writer(table).writerow(Row._fields)
+        folder = cls(path, {**info, "name": path.name})
+        folder.set_state("running")
+        return folder
+
+    @classmethod
+    def reopen(cls, path: Path, info: Mapping[str, Any]) -> Folder:
+        """Open a folder to go on after its last commit; what came after it is dropped.
+
+        Raises:
+            RunError: there is no run, it still runs, or its settings are not those of `info`.
+        """
+        before = read_json(path / "run.json")
+        if before is None:
+            raise RunError(f"there is no run in '{path}' to go on from")
+        if state_of(before) == "running":
+            raise RunError(f"'{path}' still runs, in process {before['pid']}: stop it first")
+        for key in ("seed", "settings", "partition"):
+            if before.get(key) != info.get(key):
+                raise RunError(f"'{path}' was begun with another {key}: {_difference(before.get(key), info.get(key))}")
+        folder = cls(path, {**before, "rounds": info.get("rounds")})
+        with (path / "metrics.csv").open("r+b") as table:
+            table.truncate(folder._commit.get("metrics_bytes", len(",".join(Row._fields)) + 2))
+        folder.set_state("running")
+        return folder
+
+    def __call__(self, event: Event) -> None:
+        """Keep the event's numbers until the next commit."""
+        if event.kind in ("result", "metric"):
+            self._keep(event.round, event.site, event.values, event.time)
+
+    def commit(self, commit: Commit) -> None:
+        """Make a round durable: all of it or nothing."""
+        self._keep(commit.round, FEDERATION, commit.metrics, commit.time)
+        model, state = (f"commits/{what}-{commit.round:05d}.safetensors" for what in ("model", "state"))
+        rest = {name: value for name, value in commit.state.items() if name != "model"}
+        _write(self.path / model, codec.pack(commit.state["model"], round=str(commit.round)))
+        _write(self.path / state, codec.pack({"state": rest, "sites": commit.sites}))
+        named = {"round": commit.round, "time": commit.time, "model": model, "state": state}
+        before, self._commit = self._commit, named | {"metrics_bytes": self._append()}
+        self._commit["best"] = self._best(before.get("best"), commit.metrics)
+        write_json(self.path / "commit.json", self._commit)
+        self._tidy()
+
+    def flush(self) -> None:
+        """Write numbers that were measured after the last commit."""
+        self._commit["metrics_bytes"] = self._append()
+        write_json(self.path / "commit.json", self._commit)
+
+    def last(self) -> Commit | None:
+        """The last commit, or None."""
+        if not self._commit:
+            return None
+        named = self._commit
+        kept = codec.unpack((self.path / named["state"]).read_bytes())
+        model = codec.unpack((self.path / named["model"]).read_bytes())
+        return Commit(named["round"], {"model": model, **kept["state"]}, kept["sites"], {}, named["time"])
+
+    def set_state(self, state: str, reason: str = "") -> None:
+        """Record how the run stands."""
+        self.info = {**self.info, "state": state, "reason": reason, "pid": os.getpid()}
+        self.info["best"] = self._commit.get("best")
+        write_json(self.path / "run.json", self.info)
+
+    # -- inside ----------------------------------------------------------------------------------------------
+
+    def _keep(self, round: int, site: str, values: Mapping[str, Any], time: float) -> None:
+        self._rows.extend(
+            Row(self.path.name, round, site, name, float(value), round_(time))
+            for name, value in values.items()
+            if isinstance(value, (int, float))
+        )
+
+    def _append(self) -> int:
+        """Write the rows that were kept; the length of the table afterwards."""
+        lines = io.StringIO(newline="")
+        csv.writer(lines).writerows(self._rows)
+        self._rows.clear()
+        with (self.path / "metrics.csv").open("ab") as table:
+            table.write(lines.getvalue().encode())
+            return table.tell()
+
+    def _best(self, before: dict[str, Any] | None, metrics: Mapping[str, float]) -> dict[str, Any] | None:
+        """The best commit so far, by the metric of exactly that commit."""
+        score = scored_by(self.info.get("score", "accuracy"), metrics)
+        if score is None or math.isnan(metrics[score]):
+            return before
+        here = {"round": self._commit["round"], "metric": score, "value": metrics[score], "model": self._commit["model"]}
+        if before is None or before["metric"] != score:
+            return here
+        better = here["value"] < before["value"] if lower_is_better(score) else here["value"] > before["value"]
+        return here if better else before
+
+    def _tidy(self) -> None:
+        """Give the last and the best model their lasting names; drop what the commit does not name."""
+        best = self._commit["best"]
+        named = {self._commit["model"], self._commit["state"]} | ({best["model"]} if best else set())
+        _link(self.path / self._commit["model"], self.path / "last.safetensors")
+        if best and best["round"] == self._commit["round"]:
+            _link(self.path / best["model"], self.path / "best.safetensors")
+        for path in (self.path / "commits").iterdir():
+            if f"commits/{path.name}" not in named:
+                path.unlink()
+
+
+def lower_is_better(metric: str) -> bool:
+    """True of losses."""
+    return metric == "loss" or metric.endswith("_loss")
+
+
+def scored_by(wanted: str, metrics: Mapping[str, float]) -> str | None:
+    """The metric that picks the best model: the one asked for, else the loss, else none."""
+    return next((name for name in (wanted, "loss") if name in metrics), None)
+
+
+def state_of(info: Mapping[str, Any]) -> str:
+    """How a run really stands: one that claims to run in a process that is gone was killed."""
+    if info.get("state") != "running" or info.get("pid") == os.getpid():
+        return "killed" if info.get("state") == "running" else str(info.get("state"))
+    try:
+        os.kill(int(info["pid"]), 0)
+    except (ProcessLookupError, ValueError):
+        return "killed"
+    except PermissionError:
+        pass
+    return "running"
+
+
+def next_free(root: Path, stem: str) -> Path:
+    """The first of root/stem-1, root/stem-2 … that is not taken."""
+    taken = {path.name for path in root.iterdir()} if root.is_dir() else set()
+    number = 1
+    while f"{stem}-{number}" in taken:
+        number += 1
+    return root / f"{stem}-{number}"
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object from a file, or None where there is no file."""
+    if not path.exists():
+        return None
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Replace a file by a JSON object, at once."""
+    _write(path, json.dumps(content, indent=1, ensure_ascii=False).encode())
+
+
+def round_(seconds: float) -> float:
+    """Microseconds are enough."""
+    return round(seconds, 6)
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Put bytes at a path, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(data)
+    temporary.replace(path)
+
+
+def _link(target: Path, name: Path) -> None:
+    """Give a file a second name in place of whatever had it."""
+    temporary = name.with_name(f".{name.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        temporary.hardlink_to(target)
+    except OSError:  # some file systems have no hard links
+        shutil.copyfile(target, temporary)
+    temporary.replace(name)
+
+
+def _difference(before: Any, after: Any) -> str:
+    """The first entry in which two settings differ."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        for key in before.keys() | after.keys():
+            if before.get(key) != after.get(key):
+                return f"{key}: {_difference(before.get(key), after.get(key))}"
+    return f"{str(before)[:80]} then, {str(after)[:80]} now"

@@ -1,0 +1,22 @@
+"""What all tests share: where data of this project's developers lie, and how hypothesis runs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# A slow machine is no failure, and a run in CI draws the same cases every time.
+settings.register_profile("default", deadline=None, derandomize="CI" in os.environ)
+settings.load_profile("default")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data sets: KOINON_DATA, or `../shared/data` beside the checkout.  Skips without it."""
+    folder = Path(os.environ.get("KOINON_DATA") or Path(__file__).parents[2] / "shared" / "data")
+    if not folder.is_dir():
+        pytest.skip(f"no data at {folder}: name their folder in KOINON_DATA")
+    return folder

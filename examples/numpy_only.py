@@ -1,7 +1,7 @@
 """Federated learning without any framework: softmax regression, and a training function of one's own.
 
-    koinon run examples/numpy_only.py
-    koinon run examples/numpy_only.py --set own=true
+koinon run examples/numpy_only.py
+koinon run examples/numpy_only.py --set own=true
 """
 
 import numpy as np

@@ -25,8 +25,8 @@ def patients(folder: Path) -> dict[str, dict[str, np.ndarray]]:
         for row in csv.DictReader(lines):
             if pid := fold.get(row.pop("pid")):  # a few patients belong to no split
                 rows[pid[0]].append((np.array(list(row.values()), np.float32), f"region-{pid[1]}"))
-    tables = {name: (np.stack([values for values, _ in part]), [region for _, region in part]) for name, part in rows.items()}
-    return {name: {"x": v[:, :-2], "y": v[:, -2:], "region": np.array(r)} for name, (v, r) in tables.items()}
+    tables = {name: [np.array(column) for column in zip(*part, strict=True)] for name, part in rows.items()}
+    return {name: {"x": v[:, :-2], "y": v[:, -2:], "region": regions} for name, (v, regions) in tables.items()}
 
 
 def cox(risk: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -46,10 +46,11 @@ def c_index(risk: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 def job(data: str = "../shared/data/tcga_brca", rounds: int = 5, lr: float = 0.1, steps: int = 100) -> koinon.Job:
     tables = patients(Path(data))
+    settings = {"lr": lr, "steps": steps, "batch_size": 8}
     return koinon.Job(
         koinon.FedAvg(rounds=rounds),
         koinon.torch.LocalSGD(
-            model=lambda: nn.Linear(39, 1, bias=False), loss=cox, lr=lr, steps=steps, batch_size=8, metrics={"c_index": c_index}
+            model=lambda: nn.Linear(39, 1, bias=False), loss=cox, metrics={"c_index": c_index}, **settings
         ),
         data=koinon.data.arrays(tables["train"], test=tables["test"]).split(koinon.by("region"), test="both"),
         score="c_index",

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from koinon.filters import Filter, chain, clip, exclude
     from koinon.payload import Arrays, Payload
     from koinon.payload.tree import norm, zip_map
-    from koinon.simulate import simulate
+    from koinon.simulate import simulate  # type: ignore[no-redef]  # the function, not its room: see _House
     from koinon.task import Job
     from koinon.training import numpy, task, torch
 

@@ -7,7 +7,6 @@ KoinonError
  ├── JobError           the parts of a job do not fit together
  │    └── FilterMismatch    an aggregator and a filter exclude each other
  ├── PayloadError       bytes or arrays that may not cross a border
- ├── UpdateRefused      one site's answer cannot be counted
  ├── QuorumNotReached   too few sites answered a task
  └── RunError           a run folder is missing, taken, or belongs to another job
 
@@ -48,10 +47,6 @@ class FilterMismatch(JobError):
 
 class PayloadError(KoinonError):
     """Bytes or arrays that may not cross a border."""
-
-
-class UpdateRefused(KoinonError):
-    """One site's answer cannot be counted; the round goes on if the quorum remains."""
 
 
 class QuorumNotReached(KoinonError):

@@ -19,10 +19,15 @@ def stream(seed: int, purpose: str, round: int = 0, site: int | str = 0) -> np.r
     >>> bool(stream(7, "batches", 3, "site-1").random() == stream(7, "batches", 4, "site-1").random())
     False
     """
-    return np.random.Generator(np.random.Philox(key=number(seed, purpose, round, site, bits=128)))
+    return np.random.Generator(np.random.Philox(key=_key(seed, purpose, round, site)))
 
 
-def number(seed: int, purpose: str, round: int = 0, site: int | str = 0, bits: int = 63) -> int:
-    """One integer of `bits` bits from the same key, for a library that wants a seed."""
-    key = repr((int(seed), purpose, int(round), site)).encode()
-    return int.from_bytes(hashlib.blake2b(key, digest_size=16).digest(), "little") >> (128 - bits)
+def number(seed: int, purpose: str, round: int = 0, site: int | str = 0) -> int:
+    """One integer of 63 bits from the same key, for a library that wants a seed."""
+    return _key(seed, purpose, round, site) >> 65
+
+
+def _key(seed: int, purpose: str, round: int, site: int | str) -> int:
+    """128 bits from what a stream is for."""
+    what = repr((int(seed), purpose, int(round), site))
+    return int.from_bytes(hashlib.blake2b(what.encode(), digest_size=16).digest(), "little")

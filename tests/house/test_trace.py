@@ -17,8 +17,9 @@ CLASSES, FUNCTIONS, MODULES = 15, 60, 16
 @koinon.task("train")
 def train(model, data, context):
     """One step of least squares."""
-    error = data.x @ model["w"] - data.y
-    return {"w": model["w"] - 0.1 * data.x.T @ error / len(data)}, len(data), {"loss": float(error @ error)}
+    x = data["x"]
+    error = x @ model["w"] - data["y"]
+    return {"w": model["w"] - 0.1 * x.T @ error / len(data)}, len(data), {"loss": float(error @ error)}
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> Trace:
         koinon.FedAvg(rounds=3),
         train,
         model={"w": np.zeros(3, np.float32)},
-        data=koinon.data.arrays(x, x.sum(1)).split(koinon.iid(), sites=2),
+        data=koinon.data.sites({"north": (x[:3], x[:3].sum(1)), "south": (x[3:], x[3:].sum(1))}),
     )
     out: Path = tmp_path_factory.mktemp("trace") / "run"
     return trace_of_round(2, lambda: koinon.simulate(job, out=out, sinks=[]))
@@ -51,4 +52,4 @@ def test_a_round_stays_within_its_budget(trace: Trace, kind: str, budget: int):
 def test_the_whole_path_is_counted(trace: Trace):
     """From the controller through the board and the agent to the fold and the commit."""
     rooms = {name.split(".")[1] for name in trace.modules}
-    assert rooms >= {"control", "task", "site", "transport", "filters", "aggregate", "tracking", "payload", "training"}
+    assert rooms >= {"control", "task", "site", "transport", "aggregate", "tracking", "payload", "training"}

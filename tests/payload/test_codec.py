@@ -1,5 +1,6 @@
 """Bytes <-> payloads: what goes in comes out, and nothing else comes in."""
 
+import contextlib
 import json
 import pickle
 
@@ -14,7 +15,9 @@ from koinon.errors import PayloadError
 from koinon.payload import Payload, codec
 
 DTYPES = st.sampled_from(["float16", "float32", "float64", "int8", "int64", "uint8", "bool"])
-ARRAYS = DTYPES.flatmap(lambda dtype: hnp.arrays(dtype, hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4)))
+ARRAYS = DTYPES.flatmap(
+    lambda dtype: hnp.arrays(dtype, hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4))
+)
 NAMES = st.text(st.characters(exclude_characters="/", exclude_categories=["Cs"]), min_size=1, max_size=8).filter(
     lambda name: name not in (codec.MARK, "__metadata__")
 )
@@ -108,10 +111,8 @@ def test_a_changed_byte_is_refused_or_decodes_to_a_payload(position, value):
     """A flipped byte may change a number, never the kind of thing that comes out."""
     data = bytearray(codec.encode(Payload("weights", {"w": np.ones(8)}, {"weight": 1})))
     data[position % len(data)] = value
-    try:
+    with contextlib.suppress(PayloadError):
         assert isinstance(codec.decode(bytes(data)), Payload)
-    except PayloadError:
-        pass
 
 
 def test_more_than_the_limit_is_refused_before_it_is_read():
@@ -137,7 +138,7 @@ def test_two_arrays_of_one_path_may_not_cross():
         codec.pack({"a": {"b": np.ones(1)}, "a/b": np.ones(1)})
 
 
-def test_a_payload_of_unknown_kind_cannot_be_made():
-    """The kinds are a closed list."""
+def test_a_payload_of_unknown_kind_does_not_come_in():
+    """The kinds are a closed list, and the error names them."""
     with pytest.raises(PayloadError, match="weight_diff"):
-        Payload("gradients")  # type: ignore[arg-type]
+        codec.decode(codec.encode(Payload("gradients")))  # type: ignore[arg-type]

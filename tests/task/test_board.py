@@ -39,7 +39,7 @@ def play(board, script):
         elif call == "touch":
             said.append(board.touch(argument, "1-train", now))
         elif call == "close":
-            said.append(board.close(argument))
+            said.append(board.close(argument) or None)
         elif call == "over":
             said.append(board.progress(argument, now).over)
         else:
@@ -130,7 +130,7 @@ def test_answers_are_taken_once_and_in_order_of_arrival():
     board.refuse(ONE, "a", "it holds NaN")
     progress = board.progress(ONE, 0)
     assert (progress.answered, progress.failed, progress.pending, progress.over) == (1, 1, 1, False)
-    assert board.failures(ONE)["a"].reason == "it holds NaN"
+    assert {site: failure.reason for site, failure in board.close(ONE).items()} == {"a": "it holds NaN"}
 
 
 def test_what_is_refused_changes_nothing():

@@ -12,7 +12,7 @@ NUMBERS = st.integers(1, 40)
 
 
 def drawn(samples, size, **settings):
-    return list(batches(samples, size, np.random.default_rng(0), **settings))
+    return list(batches(samples, size, random=np.random.default_rng(0), **settings))
 
 
 @given(NUMBERS, NUMBERS, st.integers(1, 3), st.integers(1, 3))

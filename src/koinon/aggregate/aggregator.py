@@ -6,8 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-import numpy as np
-
 from koinon.payload import Arrays
 
 State: TypeAlias = dict[str, Any]
@@ -53,6 +51,7 @@ def collect(
         name: what errors call it; by default the function it was written in.
         weighted: True if the rule honours the weights.
 
+    >>> import numpy as np
     >>> largest = collect(lambda updates, weights: max(updates, key=lambda update: abs(update["w"]).sum()))
     >>> state = largest.add(largest.init(), {"w": np.array([1.0])}, 1.0)
     >>> largest.finish(largest.add(state, {"w": np.array([-3.0])}, 1.0))

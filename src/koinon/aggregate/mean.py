@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from koinon.aggregate.aggregator import Aggregator, State
-from koinon.payload import Arrays, tree
+from koinon.payload import Arrays
 
 PIECE = 1 << 16
 """Entries taken at a time: a piece of the sum and of the product stay in the cache."""
@@ -32,7 +32,7 @@ def init() -> State:
 def add(state: State, update: Arrays, weight: float) -> State:
     """Add `weight * update` to the sum, in place."""
     if not state["sum"]:
-        total = {name: np.zeros(array.shape, _wide(array.dtype)) for name, array in update.items()}
+        total = {name: np.zeros(array.shape, np.result_type(array, np.float32)) for name, array in update.items()}
         state = {"sum": total, "weight": 0.0, "types": {name: array.dtype.name for name, array in update.items()}}
     for name, array in update.items():
         _add_scaled(state["sum"][name], array, weight)
@@ -51,13 +51,8 @@ def merge(left: State, right: State) -> State:
 
 def finish(state: State) -> Arrays:
     """The sum divided by the weight, in the updates' own types."""
-    types = state["types"]
-    scaled = tree.map(lambda total: total / state["weight"], state["sum"])
-    return {name: array.astype(types[name], copy=False) for name, array in scaled.items()}
-
-
-def _wide(dtype: np.dtype) -> np.dtype:
-    return np.result_type(dtype, np.float32)
+    weight, types = state["weight"], state["types"]
+    return {name: (total / weight).astype(types[name], copy=False) for name, total in state["sum"].items()}
 
 
 def _add_scaled(total: np.ndarray, array: np.ndarray, weight: float) -> None:

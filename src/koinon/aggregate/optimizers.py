@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from koinon.aggregate.aggregator import State
 from koinon.errors import SettingsError
-from koinon.payload import Arrays, tree
+from koinon.payload import Arrays
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def sgd(lr: float = 1.0, *, momentum: float = 0.0) -> Optimizer:
         if momentum:
             before = state["velocity"]
             velocity = {name: momentum * before[name] + u if name in before else u for name, u in update.items()}
-        moved = tree.zip_map(lambda v, w: (w + lr * v).astype(w.dtype, copy=False), velocity, model)
+        moved = {name: (model[name] + lr * v).astype(model[name].dtype, copy=False) for name, v in velocity.items()}
         return {**model, **moved}, {"velocity": velocity if momentum else {}}
 
     return Optimizer(f"sgd({lr:g}, momentum={momentum:g})" if momentum else f"sgd({lr:g})", init, step)

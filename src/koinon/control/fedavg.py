@@ -43,4 +43,5 @@ class FedAvg:
             update = fed.fold(self.aggregator, fed.broadcast("train", at.model, to=self.sampler))
             at.model, at.optimizer = self.optimizer.step(at.model, update, at.optimizer)
             fed.commit(at)
-        return at.model
+        last: Arrays = at.model
+        return last

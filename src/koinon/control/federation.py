@@ -14,7 +14,8 @@ from typing import Any, Protocol
 
 from koinon.aggregate import Aggregator
 from koinon.control.sampler import Sampler
-from koinon.errors import JobError, QuorumNotReached, UpdateRefused
+from koinon.errors import JobError, QuorumNotReached
+from koinon.filters import NOTHING
 from koinon.payload import Arrays, Kind, Payload, codec, tree
 from koinon.streams import stream
 from koinon.task import Board, Failure, Job, Result, Task
@@ -27,7 +28,8 @@ class Transport(Protocol):
     def wait(self, board: Board, task: str) -> None:
         """Return when the board may have changed, at the latest at the task's deadline."""
 
-    def site_states(self) -> dict[str, Any]:
+    @property
+    def states(self) -> Mapping[str, Any]:
         """What the sites remember, where they live in this process (a simulation): part of a commit."""
 
     def now(self) -> float:
@@ -49,6 +51,20 @@ class Update:
     arrays: Arrays
     weight: float
     metrics: Mapping[str, float]
+
+
+class _Refused(Exception):
+    """One site's answer cannot be counted; the round goes on if the quorum remains."""
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """The model that is out at the sites: as it is, as it travels, in bytes, and what may come back."""
+
+    model: Arrays
+    payload: Payload
+    size: int
+    expected: Arrays
 
 
 @dataclass(frozen=True)
@@ -88,7 +104,7 @@ class Federation:
         self._evaluators, self._last = sites.evaluators, last
         self._transport, self._store, self._tracker = transport, store, tracker
         self._round, self._posted, self._began = (last.round if last else 0), 0, 0.0
-        self._sent: tuple[Arrays, Payload, int] | None = None
+        self._sent: _Sent | None = None
         self._held: dict[str, Arrays] = {}  # which model each site has fetched already
         self._tally: dict[str, float] = defaultdict(float)
 
@@ -100,11 +116,12 @@ class Federation:
 
     def rounds(self, count: int) -> Iterator[int]:
         """The rounds that are left of `count`, from 1, after the last commit."""
-        for self._round in range(self._round + 1, count + 1):
+        for number in range(self._round + 1, count + 1):
+            self._round = number
             self._began = self._tracker.now()
             self._tally.clear()
             self._tracker.emit("round", self._round)
-            yield self._round
+            yield number
 
     def commit(self, at: SimpleNamespace) -> None:
         """Evaluate `at.model`, then make all of `at` and the sites' states durable.
@@ -112,10 +129,10 @@ class Federation:
         A run that is killed goes on after its last commit, to the same bits.
         """
         metrics = self._evaluate(at.model)
-        values = {**metrics, **self._tally, "seconds": self._tracker.now() - self._began}
-        commit = Commit(self._round, vars(at), self._transport.site_states(), values, self._tracker.now())
+        values: dict[str, Any] = {**metrics, **self._tally, "seconds": self._tracker.now() - self._began}
+        commit = Commit(self._round, vars(at), self._transport.states, values, self._tracker.now())
         self._store.commit(commit)
-        self._tracker.emit("commit", self._round, **values)
+        self._tracker.emit("commit", self._round, values=values)
 
     # -- the sites -------------------------------------------------------------------------------------------
 
@@ -125,14 +142,16 @@ class Federation:
         Raises:
             JobError: nobody is asked, or no executor of the job answers this task.
         """
-        if self.job.executor(name) is None:
+        if name not in self.job.answers:
             raise JobError(f"no executor of this job answers the task '{name}'")
-        asked = to.select(self.sites, stream(self.seed, f"sampler {name}", self._round)) if isinstance(to, Sampler) else to
+        if isinstance(to, Sampler):
+            to = to.select(self.sites, stream(self.seed, f"sampler {name}", self._round))
+        asked = tuple(to)
         if not asked:
             raise JobError(f"round {self._round}: the sampler chose no site for '{name}'")
         self._posted += 1
         quorum = max(1, math.ceil(self.job.quorum * len(asked)))
-        task = Task(f"{self._posted}-{name}", name, self._round, self._payload(model), tuple(asked), quorum)
+        task = Task(f"{self._posted}-{name}", name, self._round, self._payload(model), asked, quorum)
         self.board.post(task)
         return task
 
@@ -152,16 +171,15 @@ class Federation:
             while result := self.board.take(task.id):
                 try:
                     yield self._receive(task, result, kind)
-                except UpdateRefused as refusal:
+                except _Refused as refusal:
                     self.board.refuse(task.id, result.site, str(refusal))
             progress = self.board.progress(task.id, self._transport.now())
             if progress.over:
                 break
             self._transport.wait(self.board, task.id)
-        failures = self.board.failures(task.id)
-        self.board.close(task.id)
+        failures = self.board.close(task.id)
         for site, failure in failures.items():
-            self._tracker.emit("refused", task.round, site, reason=failure.reason, traceback=failure.traceback)
+            self._tracker.emit("refused", task.round, site, vars(failure))
         if progress.answered < task.quorum:
             raise _short(task, progress.answered, failures)
         if task.name == "train":
@@ -186,7 +204,7 @@ class Federation:
 
     def log(self, **metrics: float) -> None:
         """Record numbers of this round for the federation as a whole."""
-        self._tracker.emit("metric", self._round, **metrics)
+        self._tracker.emit("metric", self._round, values=metrics)
 
     def abort(self, reason: str) -> None:
         """End the run as failed.
@@ -200,49 +218,50 @@ class Federation:
 
     def _payload(self, model: Arrays) -> Payload:
         """The model as it goes down; encoded once, however many tasks and sites get it."""
-        if self._sent is None or self._sent[0] is not model:
-            random = stream(self.seed, "download", self._round)
-            payload, _ = self.job.download.encode(Payload("weights", model), self.job.download.init(), random)
-            self._sent = (model, payload, codec.size(payload))
-        return self._sent[1]
+        if self._sent is None or self._sent.model is not model:
+            payload, filter_ = Payload("weights", model), self.job.download
+            if filter_ is not NOTHING:
+                payload, _ = filter_.encode(payload, filter_.init(), stream(self.seed, "download", self._round))
+            expected = tree.floating(model)
+            for name in self.job.upload.keeps(frozenset(expected)):
+                del expected[name]
+            self._sent = _Sent(model, payload, codec.size(payload), expected)
+        return self._sent.payload
 
     def _receive(self, task: Task, result: Result, kind: Kind | None) -> Update:
         """Decode and check one answer, and count its bytes.
 
         Raises:
-            UpdateRefused: it cannot be counted.
+            _Refused: it cannot be counted.
         """
         assert result.payload is not None
         assert self._sent is not None
-        model, _, bytes_down = self._sent
-        bytes_up = codec.size(result.payload)
-        if self._held.get(result.site) is model:
+        bytes_up, bytes_down = codec.size(result.payload), self._sent.size
+        if self._held.get(result.site) is self._sent.model:
             bytes_down = 0  # a site fetches a given model once
-        self._held[result.site] = model
+        self._held[result.site] = self._sent.model
         self._tally["bytes_up"] += bytes_up
         self._tally["bytes_down"] += bytes_down
         payload = self.job.upload.decode(result.payload) if result.payload.arrays else result.payload
         if kind not in (None, payload.kind):
-            raise UpdateRefused(f"it answered '{task.name}' with {payload.kind}; {kind} is needed")
+            raise _Refused(f"it answered '{task.name}' with {payload.kind}; {kind} is needed")
         update = Update(result.site, payload.arrays, *_values(payload))
         if payload.kind == "weight_diff":
-            like = tree.floating(model)
-            kept = self.job.upload.keeps(frozenset(like))
-            _check_update(update, {name: array for name, array in like.items() if name not in kept})
-            values = {f"train_{key}": value for key, value in update.metrics.items()}
+            _check_update(update, self._sent.expected)
+            values: dict[str, Any] = {f"train_{key}": value for key, value in update.metrics.items()}
             values |= {"train_samples": update.weight, "began": self._tracker.now() - result.seconds}
             values |= {"seconds": result.seconds, "bytes_up": bytes_up, "bytes_down": bytes_down}
-            self._tracker.emit("result", task.round, result.site, **values)
+            self._tracker.emit("result", task.round, result.site, values)
         return update
 
     def _evaluate(self, model: Arrays) -> dict[str, float]:
         """The model's metrics over all held-out samples, and each evaluator's own in the table."""
-        if not self._evaluators or self.job.executor("evaluate") is None:
+        if not self._evaluators or "evaluate" not in self.job.answers:
             return {}
         per_metric: dict[str, list[tuple[float, float]]] = {}
         own: dict[str, float] = {}
         for update in self.stream(self.broadcast("evaluate", model, to=self._evaluators)):
-            self._tracker.emit("metric", self._round, update.site, **update.metrics, samples=update.weight)
+            self._tracker.emit("metric", self._round, update.site, {**update.metrics, "samples": update.weight})
             if update.site == SERVER:
                 own = dict(update.metrics)
             for name, value in update.metrics.items():
@@ -254,22 +273,22 @@ def _values(payload: Payload) -> tuple[float, dict[str, float]]:
     """Weight and metrics of an answer.
 
     Raises:
-        UpdateRefused: they are missing or not numbers.
+        _Refused: they are missing or not numbers.
     """
     weight, metrics = payload.values.get("weight"), payload.values.get("metrics", {})
     if not isinstance(weight, (int, float)) or not math.isfinite(weight) or weight <= 0:
-        raise UpdateRefused(f"its weight is {weight!r}: a positive number (of samples) is needed")
+        raise _Refused(f"its weight is {weight!r}: a positive number (of samples) is needed")
     if not isinstance(metrics, Mapping):
-        raise UpdateRefused(f"its metrics are a {type(metrics).__name__}: a mapping of names to numbers is needed")
+        raise _Refused(f"its metrics are a {type(metrics).__name__}: a mapping of names to numbers is needed")
     return float(weight), {str(name): float(value) for name, value in metrics.items()}
 
 
 def _check_update(update: Update, like: Arrays) -> None:
     """Refuse an update of other names, shapes or types than the model's, or with a NaN or an infinity."""
     if wrong := tree.mismatch(update.arrays, like):
-        raise UpdateRefused(f"it sent {wrong}. Is it running the same model code?")
+        raise _Refused(f"it sent {wrong}. Is it running the same model code?")
     if name := tree.finite(update.arrays):
-        raise UpdateRefused(f"its '{name}' holds NaN or infinity. Is the learning rate too high for its data?")
+        raise _Refused(f"its '{name}' holds NaN or infinity. Is the learning rate too high for its data?")
 
 
 def _mean(pairs: Sequence[tuple[float, float]]) -> float:

@@ -169,12 +169,18 @@ class Split:
         firsts = arrays["order"][arrays["offsets"][:-1]]
         return [str(value) for value in self._sets[0].raw(self.partition.column)[firsts]]
 
-    def site(self, number: int) -> SiteData:
-        """What site `number` (from 0) holds, gathered anew at each call."""
-        if not 0 <= number < self.sites:
-            raise DataError(f"there is no site number {number}: this split has sites 0..{self.sites - 1}")
+    def site(self, which: int | str) -> SiteData:
+        """What a site holds, by its number (from 0) or its name, gathered anew at each call.
+
+        'server' stands for the server, which holds no training set.
+        """
+        if which == "server":
+            return SiteData(None, self.server)
         arrays, _ = self._dealt
         train, test = self._sets
+        number = self.names.index(which) if isinstance(which, str) else which
+        if not 0 <= number < len(arrays["offsets"]) - 1:
+            raise DataError(f"there is no site number {number}: this split has sites 0..{self.sites - 1}")
         mine = train.take(_range(arrays, "", number))
         held_out = _range(arrays, "test_", number) if "test_order" in arrays else ()
         return SiteData(mine, test.take(held_out) if test is not None and len(held_out) else None)

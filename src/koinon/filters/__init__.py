@@ -2,6 +2,6 @@
 
 from koinon.filters.clip import clip
 from koinon.filters.exclude import exclude
-from koinon.filters.filter import Filter, chain
+from koinon.filters.filter import NOTHING, Filter, chain
 
-__all__ = ["Filter", "chain", "clip", "exclude"]
+__all__ = ["NOTHING", "Filter", "chain", "clip", "exclude"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from koinon.errors import SettingsError
@@ -28,6 +30,8 @@ def clip(bound: float) -> Filter:
         if norm <= bound:
             return payload, state
         scale = bound / norm
-        return payload.with_arrays(tree.map(lambda u: (u * scale).astype(u.dtype, copy=False), payload.arrays)), state
+        return replace(
+            payload, arrays=tree.map(lambda u: (u * scale).astype(u.dtype, copy=False), payload.arrays)
+        ), state
 
     return Filter(f"clip({bound:g})", encode=encode)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 import numpy as np
@@ -31,7 +32,8 @@ def exclude(*patterns: str) -> Filter:
         return any(fnmatchcase(name, pattern) for pattern in patterns)
 
     def encode(payload: Payload, state: State, random: np.random.Generator) -> tuple[Payload, State]:
-        return payload.with_arrays({n: a for n, a in payload.arrays.items() if not matches(n)}), state
+        leaving = {name: array for name, array in payload.arrays.items() if not matches(name)}
+        return replace(payload, arrays=leaving), state
 
     def check(model: Arrays) -> None:
         for pattern in patterns:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -35,12 +35,16 @@ class Filter:
 
     name: str
     encode: Callable[[Payload, State, np.random.Generator], tuple[Payload, State]] = _same
-    decode: Callable[[Payload], Payload] = lambda payload: payload
-    finish: Callable[[Arrays], Arrays] = lambda update: update
+    decode: Callable[[Payload], Payload] = replace  # without changes: nothing to undo
+    finish: Callable[[Arrays], Arrays] = dict
     init: Callable[[], State] = lambda: None
     shows: Literal["each", "sum"] = "each"
-    keeps: Callable[[frozenset[str]], frozenset[str]] = lambda names: frozenset()
+    keeps: Callable[[frozenset[str]], frozenset[str]] = frozenset[str]().intersection
     check: Callable[[Arrays], None] = lambda model: None
+
+
+NOTHING = Filter("nothing")
+"""What crosses as it is."""
 
 
 def chain(*filters: Filter) -> Filter:
@@ -49,8 +53,8 @@ def chain(*filters: Filter) -> Filter:
     >>> chain().name
     'nothing'
     """
-    if len(filters) == 1:
-        return filters[0]
+    if len(filters) <= 1:
+        return filters[0] if filters else NOTHING
 
     def encode(payload: Payload, state: State, random: np.random.Generator) -> tuple[Payload, State]:
         states = []
@@ -74,7 +78,7 @@ def chain(*filters: Filter) -> Filter:
             part.check(model)
 
     return Filter(
-        name=" + ".join(part.name for part in filters) or "nothing",
+        name=" + ".join(part.name for part in filters),
         encode=encode,
         decode=decode,
         finish=finish,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -31,7 +30,9 @@ data_app = typer.Typer(help="Look at data before training on them.", no_args_is_
 app.add_typer(data_app, name="data")
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB.py", help="a file with `job = koinon.Job(…)` or `def job(…)`")]
-Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a setting of the job; repeatable")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a setting of the job; repeatable")
+]
 Rounds = Annotated[int | None, typer.Option(min=1, help="instead of the job's own")]
 Seed = Annotated[int, typer.Option(help="of every random stream")]
 Out = Annotated[Path | None, typer.Option(help="the run folder to make; by default the next free one in runs/")]
@@ -44,13 +45,14 @@ Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks")]
 @app.command()
 def demo(out: Out = None, seed: Seed = 0, debug: Debug = False) -> None:
     """Eight sites that hold different digits learn to read them together."""
-    order = session.Order(file=str(session.demo_file()), settings={}, seed=seed, alone=True, folder=os.getcwd())
+    order = session.Order(file=str(session.demo_file()), settings={}, seed=seed, alone=True)
     _finish(lambda: session.run(order, out, [live()]))
 
 
 @app.command()
 def run(
     job: JobFile,
+    *,
     settings: Settings = None,
     rounds: Rounds = None,
     seed: Seed = 0,
@@ -60,9 +62,7 @@ def run(
     debug: Debug = False,
 ) -> None:
     """Run a job over virtual sites on this machine."""
-    order = session.Order(
-        file=str(job), settings=_pairs(settings), seed=seed, rounds=rounds, fast=fast, alone=alone, folder=os.getcwd()
-    )
+    order = session.Order(file=str(job), settings=_pairs(settings), seed=seed, rounds=rounds, fast=fast, alone=alone)
     _finish(lambda: session.run(order, out, [live()]))
 
 
@@ -105,6 +105,7 @@ def compare(
 @data_app.command("show")
 def show(
     job: Annotated[Path | None, typer.Argument(metavar="[JOB.py]", help="by default the demo's")] = None,
+    *,
     settings: Settings = None,
     out: Annotated[Path, typer.Option(help="where the picture goes")] = Path("partition.png"),
     as_json: AsJson = False,
@@ -119,7 +120,11 @@ def show(
         return
     shown = min(split.sites, 40)
     rows = [
-        {"site": split.names[site], **dict(zip(labels, table[site].tolist(), strict=True)), "all": int(table[site].sum())}
+        {
+            "site": split.names[site],
+            **dict(zip(labels, table[site].tolist(), strict=True)),
+            "all": int(table[site].sum()),
+        }
         for site in range(shown)
     ]
     _show(rows, as_json)
@@ -208,8 +213,9 @@ def _show(rows: list[dict[str, Any]], as_json: bool) -> None:
         table.add_column(key.replace("_", " "), justify="left" if isinstance(value, str) else "right", no_wrap=True)
     for row in rows:
         table.add_row(*(_words(value) for value in row.values()))
-    console = Console()
-    console.print(table, width=None if console.is_terminal else 160)
+    # Where nobody watches, a table is as wide as it needs to be.
+    console = Console() if sys.stdout.isatty() else Console(width=400)
+    console.print(table)
 
 
 def _words(value: Any) -> str:

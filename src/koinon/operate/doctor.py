@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import os
 import platform
@@ -11,7 +10,7 @@ from importlib import metadata
 from typing import Any
 
 from koinon.data import Source, Split
-from koinon.errors import SettingsError
+from koinon.errors import SettingsError, extra
 from koinon.payload import Arrays, Payload, codec, tree
 from koinon.task import Job
 
@@ -32,9 +31,9 @@ def machine() -> dict[str, Any]:
         "memory_gb": _memory_gb(),
         "disk_free_gb": round(shutil.disk_usage(".").free / 2**30, 1),
     }
-    for extra, modules in EXTRAS.items():
+    for name, modules in EXTRAS.items():
         missing = [module for module in modules if importlib.util.find_spec(module) is None]
-        found[f"extra {extra}"] = f"missing: pip install 'koinon[{extra}]'" if missing else "installed"
+        found[f"extra {name}"] = f"missing: pip install 'koinon[{name}]'" if missing else "installed"
     found["gpu"] = _gpu()
     return found
 
@@ -102,5 +101,5 @@ def _gpu() -> str:
     """Asked of PyTorch, where it is installed."""
     if importlib.util.find_spec("torch") is None:
         return "unknown without PyTorch"
-    torch = importlib.import_module("torch")
+    torch = extra("torch", "torch")
     return str(torch.cuda.get_device_name(0)) if torch.cuda.is_available() else "none"

@@ -37,9 +37,8 @@ def load(path: Path, settings: Mapping[str, str], *, seed: int | None = None, ho
     made = getattr(_module(path, home or path.parent), "job", None)
     if isinstance(made, Job):
         if settings:
-            raise SettingsError(
-                f"{path.name} has no settings: its job is a value. Make it a function: def job({next(iter(settings))}=…)"
-            )
+            name = next(iter(settings))
+            raise SettingsError(f"{path.name} has no settings, as its job is a value: make it def job({name}=…)")
         return made
     if not callable(made):
         raise JobError(f"{path} holds no job: write `job = koinon.Job(…)` or `def job(…): return koinon.Job(…)`")

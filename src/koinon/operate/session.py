@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import koinon
 from koinon.errors import MissingExtra, RunError
 from koinon.operate import jobfile
 from koinon.simulate import simulate
 from koinon.task import Job
-from koinon.tracking import Event, Run, Sink, next_free, read, report
+from koinon.tracking import Event, Run, Sink, next_free, read, report, state_of
 from koinon.tracking.folder import read_json, write_json
 
 
@@ -38,7 +37,7 @@ class Order:
     rounds: int | None = None
     fast: bool = False
     alone: bool = False
-    folder: str = "."
+    folder: str = field(default_factory=lambda: str(Path.cwd()))
 
     def job(self, copy: Path | None = None) -> Job:
         """The job that is ordered, from its file or from a copy of it."""
@@ -107,7 +106,7 @@ def summary(run: Run) -> dict[str, Any]:
     best = run.info.get("best") or {}
     return {
         "run": run.name,
-        "state": koinon.tracking.state_of(run.info),
+        "state": state_of(run.info),
         "sites": run.info.get("sites"),
         "rounds": max((row.round for row in run.series("seconds")), default=0),
         "score": series[-1].name if series else "",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any, get_args
 
 import numpy as np
 import safetensors
@@ -30,8 +30,7 @@ def encode(payload: Payload) -> bytes:
     Raises:
         PayloadError: a value is neither plain nor an array, or an array has a dtype without a wire form.
     """
-    arrays, skeleton = _parts(payload)
-    return _dump(arrays, skeleton)
+    return pack(vars(payload))
 
 
 def decode(data: bytes, limit: int = MAX_BYTES) -> Payload:
@@ -47,12 +46,15 @@ def decode(data: bytes, limit: int = MAX_BYTES) -> Payload:
         raise PayloadError("these bytes hold no payload: kind, arrays and values are expected")
     if not isinstance(tree["arrays"], dict) or not isinstance(tree["values"], dict):
         raise PayloadError("these bytes hold no payload: arrays and values must be named")
-    return Payload(cast(Kind, tree["kind"]), tree["arrays"], tree["values"])
+    if tree["kind"] not in get_args(Kind):
+        raise PayloadError(f"a payload has no kind {tree['kind']!r}: known are {', '.join(get_args(Kind))}")
+    return Payload(tree["kind"], tree["arrays"], tree["values"])
 
 
 def size(payload: Payload) -> int:
     """How many bytes `encode` would make, without making them."""
-    arrays, skeleton = _parts(payload)
+    arrays: dict[str, np.ndarray] = {}
+    skeleton = _flatten(vars(payload), "", arrays)
     signature = tuple((name, array.dtype.str, array.shape) for name, array in arrays.items())
     header = _bare_header(signature) + len(json.dumps(json.dumps(skeleton)))
     return 8 + -(-header // 8) * 8 + sum(array.nbytes for array in arrays.values())
@@ -92,12 +94,6 @@ def unpack(data: bytes) -> Any:
         raise PayloadError(f"these bytes are no safetensors file: {cause}") from cause
     except RecursionError as cause:
         raise PayloadError("these bytes hold values nested without end") from cause
-
-
-def _parts(payload: Payload) -> tuple[dict[str, np.ndarray], Plain]:
-    arrays: dict[str, np.ndarray] = {}
-    tree = {"kind": payload.kind, "arrays": payload.arrays, "values": payload.values}
-    return arrays, _flatten(tree, "", arrays)
 
 
 def _dump(arrays: dict[str, np.ndarray], skeleton: Plain, **notes: str) -> bytes:

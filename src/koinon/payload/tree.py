@@ -84,13 +84,10 @@ def mismatch(arrays: Arrays, like: Arrays) -> str | None:
 
 def read_only(arrays: Arrays) -> dict[str, np.ndarray]:
     """Views that refuse to be written: what crosses in one process without a copy."""
-
-    def view(array: np.ndarray) -> np.ndarray:
-        shown = array.view()
-        shown.flags.writeable = False
-        return shown
-
-    return map(view, arrays)
+    views = {name: array.view() for name, array in arrays.items()}
+    for view in views.values():
+        view.flags.writeable = False
+    return views
 
 
 def floating(arrays: Arrays) -> dict[str, np.ndarray]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -13,10 +13,10 @@ from typing import Any
 
 from koinon import tracking
 from koinon.control import Federation, Sites
-from koinon.data import SiteData, Source, Split, iid
+from koinon.data import Source, Split, iid
 from koinon.errors import KoinonError, SettingsError
 from koinon.payload import Plain
-from koinon.site import Agent, Inline
+from koinon.site import Inline, Runner
 from koinon.task import Job
 from koinon.tracking import SERVER, Commit, Folder, Run, Sink, Tracker
 from koinon.transport import Local
@@ -64,17 +64,18 @@ def simulate(
     folder = Folder.reopen(path, info) if resume else Folder.create(path, info)
     last = folder.last() if resume else None
     tracker = Tracker(folder, *([tracking.live()] if sinks is None else sinks), after=last.time if last else 0.0)
-    transport = Local(_agents(job, split, seed), last.sites if last else {})
+    runner = Inline(job)
+    transport = Local(job, split.site, runner=runner, seed=seed, states=last.sites if last else {})
     federation = Federation(
         job, _sites(split), transport=transport, store=folder, tracker=tracker, seed=seed, last=last
     )
-    rounds = info["rounds"]
-    tracker.emit("start", last.round if last else 0, run=str(path), rounds=rounds, sites=split.sites, score=job.score)
+    about = {"run": str(path), "rounds": info["rounds"], "sites": split.sites, "score": job.score}
+    tracker.emit("start", last.round if last else 0, values=about)
     state, reason = "stopped", "interrupted"
     try:
         job.controller.run(federation, model)
         if alone:
-            _alone(job, split, seed, tracker=tracker, folder=folder)
+            _alone(job, split, seed, runner=runner, tracker=tracker, folder=folder)
         state, reason = "finished", ""
     except KoinonError as error:
         state, reason = "failed", str(error)
@@ -84,7 +85,7 @@ def simulate(
         raise
     finally:
         folder.set_state(state, reason)
-        tracker.emit("end", state=state, reason=reason)
+        tracker.emit("end", values={"state": state, "reason": reason})
     return tracking.read(path)
 
 
@@ -106,31 +107,21 @@ def _split(data: Any, sites: int | None) -> Split:
 
 def _sites(split: Split) -> Sites:
     """All sites take part; those that hold held-out data evaluate, and so does the server if it holds some."""
-    evaluators = tuple(split.evaluators)
-    return Sites(split.names, evaluators + ((SERVER,) if split.server is not None else ()))
+    return Sites(split.names, [*split.evaluators, *([SERVER] if split.server is not None else [])])
 
 
-def _agents(job: Job, split: Split, seed: int) -> Callable[[str], Agent]:
-    """name -> agent; all of them share one runner, so that a model is built once."""
-    runner = Inline(job)
-
-    def agent(name: str) -> Agent:
-        data = SiteData(None, split.server) if name == SERVER else split.site(split.names.index(name))
-        return Agent(name, data, runner, job.upload, job.download, seed)
-
-    return agent
-
-
-def _alone(job: Job, split: Split, seed: int, *, tracker: Tracker, folder: Folder) -> None:
+def _alone(job: Job, split: Split, seed: int, *, runner: Runner, tracker: Tracker, folder: Folder) -> None:
     """Train every site by itself with the job's own controller, and record its metrics as `alone_…`."""
     for name in split.evaluators:
         commits: list[Commit] = []
         only = Sites([name], [name])
-        transport, store = Local(_agents(job, split, seed)), SimpleNamespace(commit=commits.append)
+        transport = Local(job, split.site, runner=runner, seed=seed, states={})
+        store = SimpleNamespace(commit=commits.append)
         federation = Federation(job, only, transport=transport, store=store, tracker=Tracker(), seed=seed)
         job.controller.run(federation, job.first_model(seed))
-        shown = {f"alone_{metric}": commits[-1].metrics[metric] for metric in (job.score, "loss") if metric in commits[-1].metrics}
-        tracker.emit("metric", commits[-1].round, name, **shown)
+        last = commits[-1]
+        shown = {f"alone_{metric}": last.metrics[metric] for metric in (job.score, "loss") if metric in last.metrics}
+        tracker.emit("metric", last.round, name, shown)
     folder.flush()
 
 
@@ -147,7 +138,7 @@ def _info(job: Job, split: Split, seed: int) -> dict[str, Plain]:
         "sites": split.sites,
         "score": job.score,
         "began": datetime.now(UTC).isoformat(timespec="seconds"),
-        "settings": {key: value for key, value in job.describe().items()},
+        "settings": job.describe(),
         "partition": partition,
         "versions": _versions(),
     }

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from koinon.errors import KoinonError
-from koinon.filters import Filter
+from koinon.filters import NOTHING, Filter
 from koinon.payload import Arrays, Payload, tree
 from koinon.site.runner import Runner
 from koinon.streams import number, stream
-from koinon.task import Failure, Result, Task
+from koinon.task import Failure, Job, Result, Task
 
 State: TypeAlias = dict[str, Any]
 """What a site remembers between tasks: `filter`, the upload filter's state, and `kept`, arrays that never leave."""
@@ -46,17 +46,15 @@ class Agent:
     Args:
         site: its name.
         data: what it holds: `.train` and `.test`.
+        job: whose filters stand between the site and the server.
         runner: where executors run.
-        upload: the filter on what leaves the site.
-        download: the filter on what comes in.
         seed: the run's.
     """
 
     site: str
     data: Any
+    job: Job
     runner: Runner
-    upload: Filter
-    download: Filter
     seed: int
 
     def work(self, task: Task, state: State) -> tuple[Result, State]:
@@ -70,39 +68,41 @@ class Agent:
 
     def _answer(self, task: Task, state: State) -> tuple[Payload, State]:
         context = SiteContext(task.name, self.site, task.round, self.data, self.seed)
-        received = self.download.decode(task.payload)
+        received = self.job.download.decode(task.payload)
         kept = state.get("kept", {})
         model = {**received.arrays, **kept} if kept else received.arrays
-        answer = self.runner.run(task.name, received.with_arrays(model), context)
+        answer = self.runner.run(task.name, replace(received, arrays=model), context)
         if answer.kind not in ("weights", "weight_diff"):
             return answer, state
-        update, kept = _leaving(answer, model, self.upload)
-        filter_state = state["filter"] if "filter" in state else self.upload.init()
-        update, filter_state = self.upload.encode(update, filter_state, context.stream("upload"))
+        update, upload = _update(answer, model), self.job.upload
+        if upload is NOTHING:
+            return update, {}
+        update, kept = _parted(update, model, upload)
+        filter_state = state["filter"] if "filter" in state else upload.init()
+        update, filter_state = upload.encode(update, filter_state, context.stream("upload"))
         after = {"filter": filter_state} if filter_state else {}
         return update, after | ({"kept": kept} if kept else {})
 
 
-def _leaving(answer: Payload, model: Arrays, upload: Filter) -> tuple[Payload, dict[str, np.ndarray]]:
-    """An answer as the change that leaves the site, and the arrays that stay.
-
-    Only floating arrays are sent: a mean of counters means nothing.
-    """
-    arrays = tree.floating(answer.arrays)
+def _update(answer: Payload, model: Arrays) -> Payload:
+    """An answer as a change of the model.  Only floating arrays are sent: a mean of counters means nothing."""
+    update = tree.floating(answer.arrays)
     if answer.kind == "weights":
-        known = {name: array for name, array in arrays.items() if name in model and array.shape == model[name].shape}
-        # What the model has not, or has in another shape, goes up as it is, to be refused by name.
-        update = arrays | {name: array - model[name] for name, array in known.items()}
-    else:
-        update = arrays
-    names = upload.keeps(frozenset(update))
-    kept = {name: np.array(model[name] + update[name]) for name in names}
-    leaving = {name: array for name, array in update.items() if name not in names} if names else update
-    return Payload("weight_diff", leaving, answer.values), kept
+        for name, array in update.items():
+            # What the model has not, or has in another shape, goes up as it is, to be refused by name.
+            if name in model and array.shape == model[name].shape:
+                update[name] = array - model[name]
+    return Payload("weight_diff", update, answer.values)
+
+
+def _parted(update: Payload, model: Arrays, upload: Filter) -> tuple[Payload, dict[str, np.ndarray]]:
+    """What leaves of an update, and the site's own arrays that stay."""
+    names = upload.keeps(frozenset(update.arrays))
+    leaving = {name: array for name, array in update.arrays.items() if name not in names}
+    return replace(update, arrays=leaving), {name: model[name] + update.arrays[name] for name in names}
 
 
 def _failure(error: Exception) -> Failure:
     """One line and the traceback: Koinon's own errors say enough without their class."""
     reason = str(error) if isinstance(error, KoinonError) else f"{type(error).__name__}: {error}"
     return Failure(reason, "".join(traceback.format_exception(error)))
-

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from koinon.errors import JobError
 from koinon.payload import Payload
 from koinon.task import Context, Job, Worker
 
@@ -29,8 +30,7 @@ class Inline:
         return self._workers[task](payload, context)
 
     def _open(self, task: str) -> None:
-        executor = self._job.executor(task)
-        if executor is None:
-            raise LookupError(f"no executor answers the task '{task}'")
-        worker = executor.open()
-        self._workers |= dict.fromkeys(executor.tasks, worker)
+        if task not in self._job.answers:
+            raise JobError(f"no executor of this job answers the task '{task}'")
+        executor = self._job.answers[task]
+        self._workers |= dict.fromkeys(executor.tasks, executor.open())

@@ -54,8 +54,6 @@ class _Open:
 
     def expire(self, now: float) -> None:
         """Offer again what a silent site holds."""
-        if self.task.lease == float("inf"):
-            return
         for site in [site for site, until in self.working.items() if until <= now]:
             del self.working[site]
             self.waiting[site] = None
@@ -90,8 +88,9 @@ class Board:
         the same one.
         """
         for open_task in self._open.values():
-            open_task.expire(now)
             task = open_task.task
+            if task.lease != float("inf"):
+                open_task.expire(now)
             if task.deadline is not None and now >= task.deadline:
                 continue
             if site in open_task.waiting or site in open_task.working:
@@ -159,15 +158,15 @@ class Board:
         )
         return Progress(asked, answered, failed, over)
 
-    def failures(self, task: str) -> dict[str, Failure]:
-        """Who failed at an open task, and why, in the order in which it was learned."""
-        return dict(self._open[task].failed)
-
     def next_waiting(self, task: str) -> str | None:
         """Who is next to fetch an open task, in the order in which they were asked."""
         return next(iter(self._open[task].waiting), None)
 
-    def close(self, task: str) -> None:
-        """End a task: from now on every answer to it is late."""
-        self._open.pop(task, None)
+    def close(self, task: str) -> dict[str, Failure]:
+        """End a task: from now on every answer to it is late.
+
+        Returns:
+            Who failed, and why, in the order in which it was learned.
+        """
         self._closed.add(task)
+        return self._open.pop(task).failed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, Protocol, TypeAlias, cast
 
 import numpy as np
@@ -71,6 +72,7 @@ class Controller(Protocol):
 
 
 JobState: TypeAlias = Literal["submitted", "running", "finished", "failed", "stopped"]
+"""Where a job is in its life."""
 
 TRANSITIONS: Mapping[JobState, frozenset[JobState]] = {
     "submitted": frozenset({"running", "stopped"}),
@@ -171,9 +173,10 @@ class Job:
         values = vars(self.controller).values() if hasattr(self.controller, "__dict__") else ()
         return [value for value in values if isinstance(value, Aggregator)]
 
-    def executor(self, task: str) -> Executor | None:
-        """The executor that answers a task, or None."""
-        return next((executor for executor in self.executors if task in executor.tasks), None)
+    @cached_property
+    def answers(self) -> dict[str, Executor]:
+        """Each task's name, and the executor that answers it."""
+        return {name: executor for executor in self.executors for name in executor.tasks}
 
     def replace(self, **changes: Any) -> Job:
         """The same job with other parts, checked again."""

@@ -52,8 +52,8 @@ class Tracker:
         """Seconds since the run began."""
         return time.perf_counter() - self._began
 
-    def emit(self, kind: Kind, round: int = 0, site: str = FEDERATION, **values: Any) -> None:
+    def emit(self, kind: Kind, round: int = 0, site: str = FEDERATION, values: Mapping[str, Any] | None = None) -> None:
         """Tell every sink."""
-        event = Event(kind, self.now(), round, site, values)
+        event = Event(kind, self.now(), round, site, values or {})
         for sink in self._sinks:
             sink(event)

@@ -103,11 +103,15 @@ class Folder:
     def __call__(self, event: Event) -> None:
         """Keep the event's numbers until the next commit."""
         if event.kind in ("result", "metric"):
-            self._keep(event.round, event.site, event.values, event.time)
+            self._rows.extend(
+                Row(self.path.name, event.round, event.site, name, float(value), round(event.time, 6))
+                for name, value in event.values.items()
+                if isinstance(value, (int, float))
+            )
 
     def commit(self, commit: Commit) -> None:
         """Make a round durable: all of it or nothing."""
-        self._keep(commit.round, FEDERATION, commit.metrics, commit.time)
+        self(Event("metric", commit.time, commit.round, FEDERATION, commit.metrics))
         model, state = (f"commits/{what}-{commit.round:05d}.safetensors" for what in ("model", "state"))
         rest = {name: value for name, value in commit.state.items() if name != "model"}
         _write(self.path / model, codec.pack(commit.state["model"], round=str(commit.round)))
@@ -140,13 +144,6 @@ class Folder:
 
     # -- inside ----------------------------------------------------------------------------------------------
 
-    def _keep(self, round: int, site: str, values: Mapping[str, Any], time: float) -> None:
-        self._rows.extend(
-            Row(self.path.name, round, site, name, float(value), round_(time))
-            for name, value in values.items()
-            if isinstance(value, (int, float))
-        )
-
     def _append(self) -> int:
         """Write the rows that were kept; the length of the table afterwards."""
         lines = io.StringIO(newline="")
@@ -161,7 +158,7 @@ class Folder:
         score = scored_by(self.info.get("score", "accuracy"), metrics)
         if score is None or math.isnan(metrics[score]):
             return before
-        here = {"round": self._commit["round"], "metric": score, "value": metrics[score], "model": self._commit["model"]}
+        here = {"metric": score, "value": metrics[score], **{key: self._commit[key] for key in ("round", "model")}}
         if before is None or before["metric"] != score:
             return here
         better = here["value"] < before["value"] if lower_is_better(score) else here["value"] > before["value"]
@@ -222,11 +219,6 @@ def read_json(path: Path) -> dict[str, Any] | None:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Replace a file by a JSON object, at once."""
     _write(path, json.dumps(content, indent=1, ensure_ascii=False).encode())
-
-
-def round_(seconds: float) -> float:
-    """Microseconds are enough."""
-    return round(seconds, 6)
 
 
 def _write(path: Path, data: bytes) -> None:

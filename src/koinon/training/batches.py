@@ -10,7 +10,7 @@ from koinon.errors import SettingsError
 
 
 def batches(
-    samples: int, size: int, random: np.random.Generator, *, epochs: int = 1, steps: int | None = None, tail: int = 1
+    samples: int, size: int, *, random: np.random.Generator, epochs: int = 1, steps: int | None = None, tail: int = 1
 ) -> Iterator[np.ndarray]:
     """Index arrays of one local training: each epoch a fresh permutation, cut into batches; none is dropped.
 
@@ -22,9 +22,9 @@ def batches(
         steps: how many batches in all, going round the data as often as needed.
         tail: a last batch smaller than this joins the one before it (a batch norm cannot take one sample).
 
-    >>> [len(batch) for batch in batches(7, 3, np.random.default_rng(0), epochs=1)]
+    >>> [len(batch) for batch in batches(7, 3, random=np.random.default_rng(0), epochs=1)]
     [3, 3, 1]
-    >>> [len(batch) for batch in batches(7, 3, np.random.default_rng(0), epochs=1, tail=2)]
+    >>> [len(batch) for batch in batches(7, 3, random=np.random.default_rng(0), epochs=1, tail=2)]
     [3, 4]
     """
     left = steps if steps is not None else epochs * len(_cuts(samples, size, tail))

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from koinon.errors import DataError, KoinonError
-from koinon.payload import Arrays, Payload
+from koinon.errors import DataError, PayloadError
+from koinon.payload import Payload
 from koinon.task import Context, Worker
 
 
@@ -17,13 +17,8 @@ from koinon.task import Context, Worker
 class Function:
     """A function that answers one task; made by `@koinon.task`.  Calling it calls the function."""
 
-    name: str
+    tasks: tuple[str]
     function: Callable[..., Any]
-
-    @property
-    def tasks(self) -> tuple[str]:
-        """The one task."""
-        return (self.name,)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
@@ -36,7 +31,7 @@ class Function:
         return self._answer
 
     def _answer(self, payload: Payload, context: Context) -> Payload:
-        held_out = self.name == "evaluate"
+        held_out = context.task == "evaluate"
         data = context.data.test if held_out else context.data.train
         if data is None:
             raise DataError(f"site '{context.site}' holds no {'held-out' if held_out else 'training'} data")
@@ -45,14 +40,14 @@ class Function:
             *model, weight, metrics = answer
             weight, metrics = float(weight), {str(name): float(value) for name, value in metrics.items()}
         except (TypeError, ValueError, AttributeError) as cause:
-            raise KoinonError(
+            raise PayloadError(
                 f"'{self.function.__name__}' returned {type(answer).__name__}; a task function returns "
                 "(model, samples, metrics), or (samples, metrics) where there is no model to send"
             ) from cause
         values = {"weight": weight, "metrics": metrics}
         if not model:
             return Payload("metrics", {}, values)
-        return Payload("weights", _arrays(model[0]), values)
+        return Payload("weights", {name: np.asarray(array) for name, array in model[0].items()}, values)
 
 
 def task(name: str) -> Callable[[Callable[..., Any]], Function]:
@@ -69,8 +64,4 @@ def task(name: str) -> Callable[[Callable[..., Any]], Function]:
     >>> nothing.tasks
     ('train',)
     """
-    return lambda function: Function(name, function)
-
-
-def _arrays(model: Arrays) -> dict[str, np.ndarray]:
-    return {name: np.asarray(array) for name, array in model.items()}
+    return lambda function: Function((name,), function)

@@ -60,7 +60,7 @@ class SoftmaxRegression:
         weight, bias = model["weight"].copy(), model["bias"].copy()
         loss = 0.0
         order = batches(
-            len(x), self.batch_size, context.stream("batches"), epochs=self.epochs, steps=self.max_batches
+            len(x), self.batch_size, random=context.stream("batches"), epochs=self.epochs, steps=self.max_batches
         )
         for step, batch in enumerate(order, 1):
             error, batch_loss = _error(x[batch], y[batch], weight, bias)
@@ -82,7 +82,7 @@ class SoftmaxRegression:
             raise DataError(f"x has {x.shape[1]} features; SoftmaxRegression was told {self.features}")
         y = data["y"]
         if len(y) and not 0 <= y.min() <= y.max() < self.classes:
-            raise DataError(f"labels run from {y.min()} to {y.max()}; SoftmaxRegression was told {self.classes} classes")
+            raise DataError(f"labels run from {y.min()} to {y.max()}; there are {self.classes} classes, from 0")
         return x, y
 
 

@@ -146,7 +146,7 @@ class _Trainer:
         order = batches(
             len(x),
             settings.batch_size,
-            context.stream("batches"),
+            random=context.stream("batches"),
             epochs=settings.epochs,
             steps=settings.steps,
             tail=self.tail,

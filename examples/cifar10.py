@@ -30,7 +30,7 @@ class SimpleNetwork(nn.Module):
 
 
 def job(
-    data: str | None = None, alpha: float = 0.5, sites: int = 8, rounds: int = 10, epochs: int = 1, lr: float = 0.01
+    data: str | None = None, alpha: float = 0.5, sites: int = 8, rounds: int = 15, epochs: int = 1, lr: float = 0.01
 ) -> koinon.Job:
     return koinon.Job(
         koinon.FedAvg(rounds=rounds),

@@ -162,7 +162,7 @@ TEN = np.arange(100) % 10
 @pytest.mark.parametrize(
     ("partition", "sites", "says"),
     [
-        (iid(at_least=11), 10, "at_least must lie in 0..10"),
+        (iid(at_least=11), 10, "at_least=10"),
         (dirichlet(0.1), 101, r"need 101 samples; there are 100"),
         (dirichlet(0.1, equal(), at_least=60), 2, "sites in 1..1"),
         (iid(explicit([60, 60])), 2, "sum to 120; there are 100"),

@@ -31,6 +31,8 @@ class FedAvg:
     aggregator: Aggregator = field(default_factory=mean)
     optimizer: Optimizer = field(default_factory=sgd)
 
+    asks = ("train",)
+
     def __post_init__(self) -> None:
         if self.rounds < 1:
             raise SettingsError(f"FedAvg: rounds must be 1 or more, not {self.rounds}")

@@ -61,6 +61,7 @@ class _Refused(Exception):
 class _Sent:
     """The model that is out at the sites: as it is, as it travels, in bytes, and what may come back."""
 
+    version: int
     model: Arrays
     payload: Payload
     size: int
@@ -105,13 +106,16 @@ class Federation:
         self._transport, self._store, self._tracker = transport, store, tracker
         self._round, self._posted, self._began = (last.round if last else 0), 0, 0.0
         self._sent: _Sent | None = None
-        self._held: dict[str, Arrays] = {}  # which model each site has fetched already
+        self._held: dict[str, int] = {}  # the version of the model that each site has fetched already
         self._tally: dict[str, float] = defaultdict(float)
 
     # -- the rounds ------------------------------------------------------------------------------------------
 
     def start(self, **state: Any) -> SimpleNamespace:
         """The state that `commit` will keep: as given, or as it was at the last commit."""
+        if self._last and self._evaluators and "evaluate" in self.job.answers:
+            self._payload(self._last.state["model"])  # it went down to be evaluated: encoded then, held by the sites
+            self._held = dict.fromkeys(self._evaluators, 0)
         return SimpleNamespace(**(self._last.state if self._last else state))
 
     def rounds(self, count: int) -> Iterator[int]:
@@ -225,7 +229,8 @@ class Federation:
             expected = tree.floating(model)
             for name in self.job.upload.keeps(frozenset(expected)):
                 del expected[name]
-            self._sent = _Sent(model, payload, codec.size(payload), expected)
+            version = self._sent.version + 1 if self._sent else 0
+            self._sent = _Sent(version, model, payload, codec.size(payload), expected)
         return self._sent.payload
 
     def _receive(self, task: Task, result: Result, kind: Kind | None) -> Update:
@@ -237,11 +242,12 @@ class Federation:
         assert result.payload is not None
         assert self._sent is not None
         bytes_up, bytes_down = codec.size(result.payload), self._sent.size
-        if self._held.get(result.site) is self._sent.model:
+        if self._held.get(result.site) == self._sent.version:
             bytes_down = 0  # a site fetches a given model once
-        self._held[result.site] = self._sent.model
-        self._tally["bytes_up"] += bytes_up
-        self._tally["bytes_down"] += bytes_down
+        self._held[result.site] = self._sent.version
+        if result.site != SERVER:  # what the server does at home crosses nothing
+            self._tally["bytes_up"] += bytes_up
+            self._tally["bytes_down"] += bytes_down
         payload = self.job.upload.decode(result.payload) if result.payload.arrays else result.payload
         if kind not in (None, payload.kind):
             raise _Refused(f"it answered '{task.name}' with {payload.kind}; {kind} is needed")
@@ -280,6 +286,8 @@ def _values(payload: Payload) -> tuple[float, dict[str, float]]:
         raise _Refused(f"its weight is {weight!r}: a positive number (of samples) is needed")
     if not isinstance(metrics, Mapping):
         raise _Refused(f"its metrics are a {type(metrics).__name__}: a mapping of names to numbers is needed")
+    if odd := [name for name, value in metrics.items() if not isinstance(value, (int, float))]:
+        raise _Refused(f"its metric '{odd[0]}' is {metrics[odd[0]]!r}: a number is needed")
     return float(weight), {str(name): float(value) for name, value in metrics.items()}
 
 

@@ -296,5 +296,6 @@ def _check_enough(at_least: int, samples: int, sites: int) -> None:
     if sites * at_least > samples:
         raise DataError(
             f"{sites} sites with at_least={at_least} need {sites * at_least} samples; there are {samples}: "
-            f"at_least must lie in 0..{samples // sites}, or sites in 1..{samples // max(at_least, 1)}"
+            f"ask for at most {samples // max(at_least, 1)} sites"
+            + (f", or at_least={samples // sites}" if samples >= sites else "")
         )

@@ -38,7 +38,10 @@ def exclude(*patterns: str) -> Filter:
     def check(model: Arrays) -> None:
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in model):
-                raise JobError(f"exclude('{pattern}') matches no array of the model: {nearest(pattern, model)}")
+                layers = {f"{name.rpartition('.')[0]}.*" for name in model if "." in name}
+                raise JobError(
+                    f"exclude('{pattern}') matches no array of the model: {nearest(pattern, layers or model)}"
+                )
         if all(matches(name) for name in model):
             raise JobError(f"exclude{patterns} leaves nothing to federate: every array of the model matches")
 

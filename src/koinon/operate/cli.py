@@ -78,7 +78,9 @@ def resume(
 
 @app.command()
 def runs(
-    root: Annotated[Path, typer.Argument(help="the folder of run folders")] = Path("runs"), as_json: AsJson = False
+    root: Annotated[Path, typer.Argument(help="the folder of run folders")] = Path("runs"),
+    as_json: AsJson = False,
+    debug: Debug = False,
 ) -> None:
     """List the runs, oldest first."""
     rows = [session.summary(tracking.read(path)) for path in tracking.folders(root)]
@@ -154,7 +156,7 @@ def doctor(
             if key == "arrays":
                 _show(value, False)
             else:
-                typer.echo(f"  {key.replace('_', ' '):20} {_words(value)}")
+                _list(key, value)
 
 
 def main() -> None:
@@ -216,6 +218,17 @@ def _show(rows: list[dict[str, Any]], as_json: bool) -> None:
     # Where nobody watches, a table is as wide as it needs to be.
     console = Console() if sys.stdout.isatty() else Console(width=400)
     console.print(table)
+
+
+def _list(key: str, value: Any, depth: int = 1) -> None:
+    """One setting a line, with what belongs to it indented beneath."""
+    entries = value if isinstance(value, dict) else {}
+    if isinstance(value, list) and any(isinstance(entry, dict) for entry in value):
+        entries = {str(entry.get("type", number)): entry for number, entry in enumerate(value, 1)}
+    label = f"{'  ' * depth}{key.replace('_', ' ')}"
+    typer.echo(label if entries else f"{label:24} {_words(value)}")
+    for name, entry in entries.items():
+        _list(name, entry, depth + 1)
 
 
 def _words(value: Any) -> str:

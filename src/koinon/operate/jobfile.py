@@ -17,7 +17,8 @@ from typing import Any
 
 import msgspec
 
-from koinon.errors import JobError, KoinonError, SettingsError, nearest
+from koinon.errors import JobError, KoinonError, MissingExtra, SettingsError, nearest
+from koinon.operate.doctor import EXTRAS
 from koinon.task import Job
 
 
@@ -72,10 +73,16 @@ def _guarded(path: Path, call: Callable[[], Any]) -> Any:
         return call()
     except KoinonError:
         raise
+    except ModuleNotFoundError as error:
+        library = (error.name or "").split(".")[0]
+        if bringing := [name for name, modules in EXTRAS.items() if library in modules]:
+            raise MissingExtra(f"{path} needs {library}: pip install 'koinon[{bringing[0]}]'") from error
+        raise JobError(f"{path}: {error}: is it installed here?") from error
     except SyntaxError as error:
         raise JobError(f"{path}, line {error.lineno}: {error.msg}") from error
     except Exception as error:
-        own = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [frame for frame in frames if Path(frame.filename).resolve() == path.resolve()]
         where = f", line {own[-1].lineno}" if own else ""
         raise JobError(f"{path}{where}: {type(error).__name__}: {error}") from error
 
@@ -84,6 +91,10 @@ def _arguments(function: Callable[..., Any], settings: Mapping[str, str]) -> dic
     """Text to the types that the parameters ask for."""
     parameters = inspect.signature(function).parameters
     hints = typing.get_type_hints(function)
+    for name, parameter in parameters.items():
+        named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        if named and parameter.default is parameter.empty and name not in (*settings, "seed"):
+            raise SettingsError(f"this job needs a setting '{name}': give --set {name}=VALUE")
     arguments = {}
     for name, text in settings.items():
         if name not in parameters:

@@ -64,8 +64,8 @@ def run(order: Order, out: Path | None, sinks: Sequence[Sink]) -> Run:
 
     def keep(event: Event) -> None:
         if event.kind == "start":  # the folder exists from here on
-            write_json(path / "command.json", vars(order))
             shutil.copyfile(order.file, path / "job.py")
+            write_json(path / "command.json", vars(order))
 
     return publish(simulate(job, seed=order.seed, out=path, alone=order.alone, sinks=[keep, *sinks]), sinks)
 
@@ -85,7 +85,13 @@ def resume(path: Path, rounds: int | None, sinks: Sequence[Sink]) -> Run:
     if Path(order.folder).is_dir():
         os.chdir(order.folder)  # paths in the settings mean what they meant
     job = order.job(path / "job.py")
-    return publish(simulate(job, seed=order.seed, out=path, resume=True, alone=order.alone, sinks=sinks), sinks)
+
+    def keep(event: Event) -> None:
+        if event.kind == "start":
+            write_json(path / "command.json", vars(order))  # its rounds may be new
+
+    again = simulate(job, seed=order.seed, out=path, resume=True, alone=order.alone, sinks=[keep, *sinks])
+    return publish(again, sinks)
 
 
 def publish(run: Run, sinks: Sequence[Sink] = ()) -> Run:

@@ -99,9 +99,20 @@ def unpack(data: bytes) -> Any:
 def _dump(arrays: dict[str, np.ndarray], skeleton: Plain, **notes: str) -> bytes:
     contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     try:
-        return safetensors.numpy.save(contiguous, {"koinon": json.dumps(skeleton), **notes})
+        data = safetensors.numpy.save(contiguous, {"koinon": json.dumps(skeleton), **notes})
     except (KeyError, ValueError, safetensors.SafetensorError) as cause:
         raise PayloadError(f"an array of this type has no wire form: {cause}") from cause
+    return _ordered(data) if notes else data
+
+
+def _ordered(data: bytes) -> bytes:
+    """The library writes several metadata in no fixed order; equal trees are to be equal bytes."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[8 + length :]
 
 
 def _flatten(tree: Any, path: str, arrays: dict[str, np.ndarray]) -> Plain:

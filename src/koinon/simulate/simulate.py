@@ -14,11 +14,11 @@ from typing import Any
 from koinon import tracking
 from koinon.control import Federation, Sites
 from koinon.data import Source, Split, iid
-from koinon.errors import KoinonError, SettingsError
-from koinon.payload import Plain
+from koinon.errors import DataError, KoinonError, RunError, SettingsError
+from koinon.payload import Plain, tree
 from koinon.site import Inline, Runner
 from koinon.task import Job
-from koinon.tracking import SERVER, Commit, Folder, Run, Sink, Tracker
+from koinon.tracking import FEDERATION, SERVER, Commit, Folder, Run, Sink, Tracker
 from koinon.transport import Local
 
 PICTURED = 200
@@ -60,16 +60,17 @@ def simulate(
     split = _split(job.data if data is None else data, sites)
     path = Path(out) if out else tracking.next_free(Path("runs"), type(job.controller).__name__.lower())
     model = job.first_model(seed)  # before anything is written: a job that cannot start leaves no folder
-    info = _info(job, split, seed)
+    info, parties = _info(job, split, seed), _sites(split)
     folder = Folder.reopen(path, info) if resume else Folder.create(path, info)
     last = folder.last() if resume else None
+    if last and (wrong := tree.mismatch(model, last.state["model"])):
+        folder.set_state("failed", "it was resumed with another model")
+        raise RunError(f"'{path}' was begun with another model: the job has now {wrong}")
     tracker = Tracker(folder, *([tracking.live()] if sinks is None else sinks), after=last.time if last else 0.0)
     runner = Inline(job)
     transport = Local(job, split.site, runner=runner, seed=seed, states=last.sites if last else {})
-    federation = Federation(
-        job, _sites(split), transport=transport, store=folder, tracker=tracker, seed=seed, last=last
-    )
-    about = {"run": str(path), "rounds": info["rounds"], "sites": split.sites, "score": job.score}
+    federation = Federation(job, parties, transport=transport, store=folder, tracker=tracker, seed=seed, last=last)
+    about = {"run": str(path), "rounds": info["rounds"], "sites": split.sites, "resumed": last.round if last else 0}
     tracker.emit("start", last.round if last else 0, values=about)
     state, reason = "stopped", "interrupted"
     try:
@@ -106,13 +107,24 @@ def _split(data: Any, sites: int | None) -> Split:
 
 
 def _sites(split: Split) -> Sites:
-    """All sites take part; those that hold held-out data evaluate, and so does the server if it holds some."""
+    """All sites take part; those that hold held-out data evaluate, and so does the server if it holds some.
+
+    Raises:
+        DataError: a site has a name that stands for somebody else.
+    """
+    for name in (SERVER, FEDERATION):
+        if name in split.names:
+            raise DataError(f"a site may not be called '{name}', which has another meaning: name it otherwise")
     return Sites(split.names, [*split.evaluators, *([SERVER] if split.server is not None else [])])
 
 
 def _alone(job: Job, split: Split, seed: int, *, runner: Runner, tracker: Tracker, folder: Folder) -> None:
     """Train every site by itself with the job's own controller, and record its metrics as `alone_…`."""
+    rounds, rows = getattr(job.controller, "rounds", 0), tracking.read(folder.path).rows
+    known = {row.site for row in rows if row.name.startswith("alone_") and row.round == rounds}  # before a resume
     for name in split.evaluators:
+        if name in known:
+            continue
         commits: list[Commit] = []
         only = Sites([name], [name])
         transport = Local(job, split.site, runner=runner, seed=seed, states={})

@@ -70,7 +70,8 @@ class Agent:
         context = SiteContext(task.name, self.site, task.round, self.data, self.seed)
         received = self.job.download.decode(task.payload)
         kept = state.get("kept", {})
-        model = {**received.arrays, **kept} if kept else received.arrays
+        # Whoever trains in place would be taken for one who learned nothing.
+        model = tree.read_only({**received.arrays, **kept})
         answer = self.runner.run(task.name, replace(received, arrays=model), context)
         if answer.kind not in ("weights", "weight_diff"):
             return answer, state
@@ -80,7 +81,7 @@ class Agent:
         update, kept = _parted(update, model, upload)
         filter_state = state["filter"] if "filter" in state else upload.init()
         update, filter_state = upload.encode(update, filter_state, context.stream("upload"))
-        after = {"filter": filter_state} if filter_state else {}
+        after = {"filter": filter_state} if filter_state is not None else {}
         return update, after | ({"kept": kept} if kept else {})
 
 

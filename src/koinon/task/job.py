@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol, TypeAlias, cast
 import numpy as np
 
 from koinon.aggregate import Aggregator
-from koinon.errors import FilterMismatch, JobError, SettingsError
+from koinon.errors import FilterMismatch, JobError, SettingsError, nearest
 from koinon.filters import Filter, chain
 from koinon.payload import Arrays, Payload, Plain
 
@@ -65,7 +65,10 @@ class Executor(Protocol):
 
 
 class Controller(Protocol):
-    """What happens in which order, on the server."""
+    """What happens in which order, on the server.
+
+    One that names the tasks it will ask for, in an attribute `asks`, is refused early in a job that cannot answer.
+    """
 
     def run(self, federation: Any, model: Arrays) -> Arrays:
         """From the first global model to the last."""
@@ -94,7 +97,7 @@ def move(before: JobState, after: JobState) -> JobState:
     return after
 
 
-@dataclass(frozen=True, init=False)
+@dataclass(frozen=True, init=False, eq=False)
 class Job:
     """A controller, the executors that answer its tasks, and the filters on every crossing.
 
@@ -158,6 +161,12 @@ class Job:
         for name in named:
             if named.count(name) > 1:
                 raise JobError(f"two executors answer the task '{name}': leave one out")
+        for name in getattr(self.controller, "asks", ()):
+            if name not in named:
+                known = nearest(name, named)
+                raise JobError(
+                    f"{type(self.controller).__name__} asks for '{name}', which no executor answers: {known}"
+                )
         if not 0 < self.quorum <= 1:
             raise SettingsError(f"quorum is a share of the sites in (0, 1], not {self.quorum}")
         if self.download.shows == "sum":
@@ -211,6 +220,7 @@ class Job:
         model = self.model if self.model is not None else next((offer for offer in offers if offer is not None), None)
         if model is None:
             raise JobError("this job has no first model: give Job(model={'name': array, …})")
+        model = {name: np.asarray(array) for name, array in model.items()}
         self.upload.check(model)
         self.download.check(model)
         return model

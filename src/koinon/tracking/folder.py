@@ -2,6 +2,7 @@
 
     run.json              what runs: settings, seed, versions, partition, state
     metrics.csv           run, round, site, name, value, time
+    failures.log          why which site's answer did not count, with its traceback; absent if all did
     commit.json           the last commit; replacing this file *is* the commit
     commits/              the files that commit.json names
     last.safetensors      the last commit's model; best.safetensors: the best one's, its round in the metadata
@@ -91,17 +92,24 @@ class Folder:
             raise RunError(f"there is no run in '{path}' to go on from")
         if state_of(before) == "running":
             raise RunError(f"'{path}' still runs, in process {before['pid']}: stop it first")
-        for key in ("seed", "settings", "partition"):
-            if before.get(key) != info.get(key):
-                raise RunError(f"'{path}' was begun with another {key}: {_difference(before.get(key), info.get(key))}")
-        folder = cls(path, {**before, "rounds": info.get("rounds")})
+        was, now = _lasting(before), _lasting(info)
+        for key in ("seed", "setting", "partition"):
+            if was[key] != now[key]:
+                raise RunError(f"'{path}' was begun with a different {key}: {_difference(was[key], now[key])}")
+        folder = cls(path, {**before, "rounds": info.get("rounds"), "settings": info.get("settings")})
         with (path / "metrics.csv").open("r+b") as table:
             table.truncate(folder._commit.get("metrics_bytes", len(",".join(Row._fields)) + 2))
+        if folder._commit:
+            folder._tidy()  # a kill may have come between the commit and this
         folder.set_state("running")
         return folder
 
     def __call__(self, event: Event) -> None:
-        """Keep the event's numbers until the next commit."""
+        """Keep the event's numbers until the next commit; write down at once why a site failed."""
+        if event.kind == "refused":
+            with (self.path / "failures.log").open("a") as log:
+                said = event.values.get("traceback") or event.values.get("reason")
+                log.write(f"round {event.round}, site '{event.site}': {said}\n")
         if event.kind in ("result", "metric"):
             self._rows.extend(
                 Row(self.path.name, event.round, event.site, name, float(value), round(event.time, 6))
@@ -117,9 +125,9 @@ class Folder:
         _write(self.path / model, codec.pack(commit.state["model"], round=str(commit.round)))
         _write(self.path / state, codec.pack({"state": rest, "sites": commit.sites}))
         named = {"round": commit.round, "time": commit.time, "model": model, "state": state}
-        before, self._commit = self._commit, named | {"metrics_bytes": self._append()}
-        self._commit["best"] = self._best(before.get("best"), commit.metrics)
-        write_json(self.path / "commit.json", self._commit)
+        after = {**named, "metrics_bytes": self._append(), "best": self._best(named, commit.metrics)}
+        write_json(self.path / "commit.json", after)
+        self._commit = after
         self._tidy()
 
     def flush(self) -> None:
@@ -139,7 +147,6 @@ class Folder:
     def set_state(self, state: str, reason: str = "") -> None:
         """Record how the run stands."""
         self.info = {**self.info, "state": state, "reason": reason, "pid": os.getpid()}
-        self.info["best"] = self._commit.get("best")
         write_json(self.path / "run.json", self.info)
 
     # -- inside ----------------------------------------------------------------------------------------------
@@ -153,12 +160,13 @@ class Folder:
             table.write(lines.getvalue().encode())
             return table.tell()
 
-    def _best(self, before: dict[str, Any] | None, metrics: Mapping[str, float]) -> dict[str, Any] | None:
+    def _best(self, named: Mapping[str, Any], metrics: Mapping[str, float]) -> dict[str, Any] | None:
         """The best commit so far, by the metric of exactly that commit."""
+        before: dict[str, Any] | None = self._commit.get("best")
         score = scored_by(self.info.get("score", "accuracy"), metrics)
         if score is None or math.isnan(metrics[score]):
             return before
-        here = {"metric": score, "value": metrics[score], **{key: self._commit[key] for key in ("round", "model")}}
+        here = {"metric": score, "value": metrics[score], "round": named["round"], "model": named["model"]}
         if before is None or before["metric"] != score:
             return here
         better = here["value"] < before["value"] if lower_is_better(score) else here["value"] > before["value"]
@@ -230,6 +238,8 @@ def _write(path: Path, data: bytes) -> None:
 
 def _link(target: Path, name: Path) -> None:
     """Give a file a second name in place of whatever had it."""
+    if name.exists() and name.samefile(target):
+        return  # a rename onto itself would do nothing, and leave the temporary name
     temporary = name.with_name(f".{name.name}.tmp")
     temporary.unlink(missing_ok=True)
     try:
@@ -239,10 +249,20 @@ def _link(target: Path, name: Path) -> None:
     temporary.replace(name)
 
 
+def _lasting(info: Mapping[str, Any]) -> dict[str, Any]:
+    """What may not change when a run goes on: all of its settings but the number of rounds."""
+    settings = dict(info.get("settings") or {})
+    if isinstance(controller := settings.get("controller"), dict):
+        settings["controller"] = {name: value for name, value in controller.items() if name != "rounds"}
+    return {"seed": info.get("seed"), "setting": settings, "partition": info.get("partition")}
+
+
 def _difference(before: Any, after: Any) -> str:
     """The first entry in which two settings differ."""
+    if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        before, after = ({str(index): entry for index, entry in enumerate(entries)} for entries in (before, after))
     if isinstance(before, dict) and isinstance(after, dict):
-        for key in before.keys() | after.keys():
+        for key in [*before, *after]:
             if before.get(key) != after.get(key):
                 return f"{key}: {_difference(before.get(key), after.get(key))}"
     return f"{str(before)[:80]} then, {str(after)[:80]} now"

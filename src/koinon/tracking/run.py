@@ -76,6 +76,8 @@ def read(path: str | Path) -> Run:
         beside = [run.name for run in folders(folder.parent)]
         raise RunError(f"there is no run in '{folder}': {nearest(folder.name, beside)}")
     info = json.loads((folder / "run.json").read_text())
+    if (folder / "commit.json").is_file():  # newer than run.json where a run was killed
+        info["best"] = json.loads((folder / "commit.json").read_text()).get("best")
     return Run(folder, info, list(_rows(folder / "metrics.csv")))
 
 

@@ -37,17 +37,18 @@ class Function:
             raise DataError(f"site '{context.site}' holds no {'held-out' if held_out else 'training'} data")
         answer = self.function(dict(payload.arrays), data, context)
         try:
-            *model, weight, metrics = answer
+            *models, weight, metrics = answer
             weight, metrics = float(weight), {str(name): float(value) for name, value in metrics.items()}
+            arrays = [{name: np.asarray(array) for name, array in model.items()} for model in models]
+            if len(arrays) > 1:
+                raise ValueError("one model is enough")
         except (TypeError, ValueError, AttributeError) as cause:
             raise PayloadError(
                 f"'{self.function.__name__}' returned {type(answer).__name__}; a task function returns "
                 "(model, samples, metrics), or (samples, metrics) where there is no model to send"
             ) from cause
         values = {"weight": weight, "metrics": metrics}
-        if not model:
-            return Payload("metrics", {}, values)
-        return Payload("weights", {name: np.asarray(array) for name, array in model[0].items()}, values)
+        return Payload("weights", arrays[0], values) if arrays else Payload("metrics", {}, values)
 
 
 def task(name: str) -> Callable[[Callable[..., Any]], Function]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from koinon.errors import DataError
+from koinon.errors import DataError, SettingsError
 from koinon.payload import Arrays, Payload
 from koinon.task import Context, Worker
 from koinon.training.batches import batches, check
@@ -43,6 +43,8 @@ class SoftmaxRegression:
 
     def __post_init__(self) -> None:
         check(lr=self.lr, epochs=self.epochs, batch_size=self.batch_size, steps=self.max_batches)
+        if self.dtype not in ("float32", "float64"):
+            raise SettingsError(f"dtype must be 'float32' or 'float64', not '{self.dtype}'")
 
     def initial(self, seed: int) -> Arrays:
         """Zeros: the loss is convex, so the start does not matter."""
@@ -76,7 +78,9 @@ class SoftmaxRegression:
         metrics = {"accuracy": float((logits.argmax(1) == y).mean()), "loss": loss}
         return Payload("metrics", {}, {"weight": len(x), "metrics": metrics})
 
-    def _columns(self, data: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    def _columns(self, data: Mapping[str, np.ndarray] | None) -> tuple[np.ndarray, np.ndarray]:
+        if data is None:
+            raise DataError("this site holds no such data")
         x = data["x"].reshape(len(data["x"]), -1).astype(self.dtype, copy=False)
         if x.shape[1] != self.features:
             raise DataError(f"x has {x.shape[1]} features; SoftmaxRegression was told {self.features}")

@@ -186,7 +186,10 @@ class _Trainer:
         if data is None or not len(data):
             raise DataError("this site holds no such data")
         x, y = (torch.from_numpy(_writable(data[column])).to(self.device) for column in ("x", "y"))
-        return x, y
+        # Numbers as NumPy makes them by default are not what PyTorch computes with: float64 beside float32
+        # weights, int32 labels.
+        x = x.to(self.parameters[0].dtype) if x.is_floating_point() else x
+        return x, (y.to(self.parameters[0].dtype) if y.is_floating_point() else y.long())
 
 
 def _state(module: Any) -> dict[str, Any]:

@@ -1,0 +1,51 @@
+"""Every example runs from the command line, as its docstring says."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from koinon.tracking import read
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+CASES = {
+    "digits": ("digits", ["--rounds", "2"], None, 0.5),
+    "digits alpha": ("digits", ["--fast", "--set", "alpha=0.1"], None, 0.0),
+    "numpy_only": ("numpy_only", [], None, 0.85),
+    "numpy_only own": ("numpy_only", ["--set", "own=true", "--rounds", "3"], None, 0.7),
+    "cifar10": ("cifar10", ["--fast"], "cifar10", 0.0),
+    "tcga": ("tcga", ["--seed", "42", "--rounds", "1"], "tcga_brca", 0.5),
+}
+
+
+@pytest.mark.parametrize(("name", "arguments", "data", "score"), CASES.values(), ids=CASES.keys())
+def test_an_example_runs(request, tmp_path, name, arguments, data, score):
+    """To the end, with a report; it learns at least so much."""
+    if name != "numpy_only":
+        pytest.importorskip("torch", reason="PyTorch is not installed")
+    if data:
+        folder = request.getfixturevalue("shared_data") / data
+        if not folder.is_dir():
+            pytest.skip(f"there is no {folder}")
+        arguments = [*arguments, "--set", f"data={folder}"]
+    command = [sys.executable, "-m", "koinon.operate.cli", "run", str(EXAMPLES / f"{name}.py"), *arguments]
+    run = subprocess.run(
+        [*command, "--out", "run"],
+        cwd=tmp_path,
+        env={**os.environ, "MPLBACKEND": "Agg"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines()[-1] == "run/report.html"
+    info = read(tmp_path / "run").info
+    assert info["state"] == "finished"
+    assert info["best"]["value"] >= score
+
+
+def test_every_example_is_run():
+    """None is left out."""
+    assert {name for name, *_ in CASES.values()} == {path.stem for path in EXAMPLES.glob("*.py")}

@@ -164,7 +164,7 @@ TEN = np.arange(100) % 10
     [
         (iid(at_least=11), 10, "at_least=10"),
         (dirichlet(0.1), 101, r"need 101 samples; there are 100"),
-        (dirichlet(0.1, equal(), at_least=60), 2, "sites in 1..1"),
+        (dirichlet(0.1, equal(), at_least=60), 2, "at most 1 sites"),
         (iid(explicit([60, 60])), 2, "sum to 120; there are 100"),
         (iid(explicit([60, 6])), 3, "names 2 sizes, the split has 3"),
         (classes(11), 10, r"k must lie in 1..10"),

@@ -278,7 +278,7 @@ def tree(folder):
 
 @pytest.mark.parametrize(("arguments", "words"), BAD.values(), ids=BAD.keys())
 def test_bad_input_is_told_in_one_clear_line(koinon, full, arguments, words):
-    """Exit code 1, or 2 for a wrong use; the culprit and the way out on standard error; nothing is left half-written."""
+    """Exit code 1, or 2 for wrong use; the culprit and the way out on standard error; nothing is half-written."""
     before = tree(full)
     said = koinon(*arguments)
     assert "Traceback" not in said.err + said.out
@@ -377,7 +377,7 @@ def test_a_missing_extra_says_how_to_get_it(koinon, process, here, jobs, library
     assert koinon("run", jobs, "--rounds", 1, "--out", "run").code == 0
     before = tree(here)
     child = process(*arguments, before=f"import sys; sys.modules[{library!r}] = None")
-    out, err = child.communicate()
+    _, err = child.communicate()
     assert child.returncode == 1
     assert f"needs {library}: pip install 'koinon[{extra}]'" in err
     assert err.startswith("error: ")

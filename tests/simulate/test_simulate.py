@@ -75,7 +75,7 @@ def test_the_run_folder_is_the_first_free_one(tmp_path, monkeypatch):
 
 
 def test_equal_seeds_are_equal_bits(tmp_path):
-    """And another seed, or another dealing, is another model."""
+    """And a different seed, or another dealing, is another model."""
     runs = {
         name: koinon.simulate(job(), split(seed=dealing), seed=seed, out=tmp_path / name, sinks=())
         for name, seed, dealing in (("one", 0, 0), ("two", 0, 0), ("seed", 1, 0), ("dealing", 0, 1))

@@ -24,8 +24,8 @@ def check_aggregator(rule: Aggregator, *, sites: int = 5, seed: int = 0) -> None
     """Hold an aggregation rule to its laws.
 
     Order does not matter; folds made apart and merged give the same; equal updates give that update; names,
-    shapes and dtypes are kept; weights are honoured, or declared ignored; the updates are not written to; a
-    fold survives being stored as bytes and read back.
+    shapes and dtypes are kept; weights are honoured, or declared ignored; the updates are not written to, nor
+    held on to; a fold survives being stored as bytes and read back.
 
     Args:
         rule: the rule.
@@ -65,6 +65,12 @@ def check_aggregator(rule: Aggregator, *, sites: int = 5, seed: int = 0) -> None
 
     kept = all(_close(update, copy) for (update, _), copy in zip(updates, before, strict=True))
     _law(kept, rule, "updates are not written to")
+
+    state = _added(rule, updates)
+    for update, _ in updates:
+        for array in update.values():
+            array.fill(0)
+    _law(_close(rule.finish(state), whole), rule, "an update that changes after it was added does not matter")
 
 
 def check_filter(filter_: Filter, *, seed: int = 0) -> None:

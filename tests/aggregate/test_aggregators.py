@@ -111,3 +111,14 @@ def test_sgd_refuses_settings_outside_their_domain(settings):
     """Before anything runs."""
     with pytest.raises(SettingsError):
         koinon.sgd(**settings)
+
+
+def test_running_statistics_become_their_mean_whatever_the_optimizer():
+    """A variance that momentum or a large step carried on would end below zero."""
+    optimizer = koinon.sgd(2.0, momentum=0.9)
+    model = {"norm.weight": np.ones(1), "norm.running_var": np.ones(1)}
+    state = optimizer.init(model)
+    for _ in range(3):
+        model, state = optimizer.step(model, {name: np.full(1, -0.3) for name in model}, state)
+    assert model["norm.running_var"] == pytest.approx([0.1])
+    assert model["norm.weight"] == pytest.approx([1 - 0.6 * (1 + 1.9 + 2.71)])

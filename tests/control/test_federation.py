@@ -181,12 +181,27 @@ def test_a_controller_may_abort_with_a_reason(tmp_path):
 def test_a_task_that_no_executor_answers_is_refused(tmp_path):
     """Before any site is asked."""
 
-    @koinon.task("dance")
-    def dance(model, data, context):
-        return model, 1, {}
+    @dataclass(frozen=True)
+    class Dances:
+        def run(self, fed, model):
+            fed.broadcast("dance", model, to=fed.sites)
 
-    with pytest.raises(JobError, match="'train'"):
-        koinon.simulate(job(honest).replace(executors=(dance,)), out=tmp_path / "run", sinks=())
+    with pytest.raises(JobError, match="no executor of this job answers the task 'dance'"):
+        koinon.simulate(job(honest).replace(controller=Dances()), out=tmp_path / "run", sinks=())
+
+
+def test_an_answer_that_a_filter_cannot_decode_is_refused(tmp_path):
+    """What a stranger's bytes do to a filter is the stranger's affair."""
+
+    def decode(payload):
+        if payload.values["metrics"]["loss"] == 2.0:
+            raise IndexError("no such block")
+        return payload
+
+    broken = lambda model, context: (honest(model, context)[0], 4, {"loss": 2.0})  # noqa: E731
+    result, refused = run(tmp_path, except_site_2(broken), upload=koinon.Filter("blocks", decode=decode))
+    assert result.model()["w"].tolist() == [2, 2, 2, 2]
+    assert refused[0] == ("site-2", "blocks cannot decode its answer: no such block")
 
 
 def test_a_sampler_that_chooses_nobody_is_refused(tmp_path):

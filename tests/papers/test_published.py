@@ -33,6 +33,6 @@ def test_fed_tcga_brca_reaches_flambys_concordance(tmp_path, shared_data):
 
 def test_cifar10_learns_in_ten_rounds(tmp_path, shared_data):
     """FLARE's small network over eight sites under Dirichlet(0.5): above .45 after ten rounds of one epoch."""
-    order = Order(file=str(EXAMPLES / "cifar10.py"), settings={"data": data(shared_data, "cifar10")})
+    order = Order(file=str(EXAMPLES / "cifar10.py"), settings={"data": data(shared_data, "cifar10")}, rounds=10)
     run = simulate(order.job(), out=tmp_path / "run", sinks=())
     assert run.series("accuracy")[-1].value > 0.45

@@ -108,9 +108,9 @@ def test_a_silent_site_is_asked_again_after_its_lease():
     """The task returns to those who wait; whoever holds it loses nothing by answering first."""
     board = posted(task(sites=("a",), lease=5))
     board.pull("a", 0)
-    assert board.next_waiting(ONE) is None
+    assert board.next_waiting(ONE) == []
     board.pull("somebody", 6)
-    assert board.next_waiting(ONE) == "a"
+    assert board.next_waiting(ONE) == ["a"]
 
 
 def test_the_oldest_task_comes_first():

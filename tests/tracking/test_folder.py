@@ -298,6 +298,16 @@ def test_how_a_run_really_stands(info, state):
     assert state_of(info) == state
 
 
+def test_a_run_of_somebody_else_still_runs(monkeypatch):
+    """A process that may not be signalled is there all the same."""
+
+    def refused(pid, signal):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "kill", refused)
+    assert state_of({"state": "running", "pid": 1}) == "running"
+
+
 def test_the_next_free_name_fills_the_gap(tmp_path):
     """Also where the root is not there yet."""
     assert next_free(tmp_path / "runs", "digits") == tmp_path / "runs" / "digits-1"

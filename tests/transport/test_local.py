@@ -35,7 +35,11 @@ class Here:
     def post(self, id="1-train", sites=("a", "b", "c"), **settings):
         task = Task(id, "train", 1, Payload("weights", MODEL), tuple(sites), **settings)
         self.board.post(task)
+        self.task = task
         return task
+
+    def wait(self, task=None):
+        self.local.wait(self.board, task or self.task)
 
     def answered(self, id="1-train"):
         return self.board.progress(id, self.local.now()).answered
@@ -46,7 +50,7 @@ def test_each_wait_is_one_sites_work():
     here = Here()
     here.post()
     for count in (1, 2, 3, 3):
-        here.local.wait(here.board, "1-train")
+        here.wait()
         assert here.answered() == count
     assert [(site, data) for site, data, _ in here.seen] == [(site, f"data of {site}") for site in "abc"]
     assert [here.board.take("1-train").site for _ in range(3)] == ["a", "b", "c"]
@@ -57,7 +61,7 @@ def test_arrays_are_neither_copied_nor_open_to_change():
     here = Here()
     here.post()
     for _ in range(3):
-        here.local.wait(here.board, "1-train")
+        here.wait()
     for _, _, array in here.seen:
         assert np.shares_memory(array, MODEL["w"])
         assert not array.flags.writeable
@@ -68,7 +72,7 @@ def test_a_failure_is_an_answer():
     """The site is not asked again."""
     here = Here(train=lambda model, context: 1 / 0)
     here.post()
-    here.local.wait(here.board, "1-train")
+    here.wait()
     progress = here.board.progress("1-train", here.local.now())
     assert (progress.answered, progress.failed, progress.pending) == (0, 1, 2)
 
@@ -78,13 +82,14 @@ def test_what_sites_remember_is_kept_for_them():
     here = Here(
         upload=koinon.exclude("head"), train=lambda model, context: ({"w": model["w"], "head": np.ones(2)}, 1, {})
     )
-    here.board.post(Task("1-train", "train", 1, Payload("weights", {**MODEL, "head": np.zeros(2)}), ("a", "b")))
-    here.local.wait(here.board, "1-train")
+    here.task = Task("1-train", "train", 1, Payload("weights", {**MODEL, "head": np.zeros(2)}), ("a", "b"))
+    here.board.post(here.task)
+    here.wait()
     assert list(here.local.states) == ["a"]
     assert here.local.states["a"]["kept"]["head"].tolist() == [1, 1]
     plain = Here()
     plain.post()
-    plain.local.wait(plain.board, "1-train")
+    plain.wait()
     assert plain.local.states == {}
 
 
@@ -93,7 +98,7 @@ def test_what_sites_remembered_before_a_restart_is_there():
     before = {"a": {"kept": {"w": np.full(3, 5.0)}}}
     here = Here(states=before, upload=koinon.exclude("w"))
     here.post()
-    here.local.wait(here.board, "1-train")
+    here.wait()
     assert here.seen[0][2].tolist() == [5, 5, 5]
     assert here.local.states["a"]["kept"]["w"].tolist() == [6, 6, 6]
     assert before["a"]["kept"]["w"].tolist() == [5, 5, 5]
@@ -105,7 +110,7 @@ def test_two_open_tasks_are_both_worked_off():
     here.post("1-train", ("a",))
     here.post("2-train", ("a", "b"))
     for _ in range(3):
-        here.local.wait(here.board, "2-train")
+        here.wait()
     assert (here.answered("1-train"), here.answered("2-train")) == (1, 2)
 
 
@@ -114,7 +119,7 @@ def test_after_the_deadline_nobody_works(deadline):
     """The wait returns at once."""
     here = Here()
     here.post(deadline=here.local.now() + deadline)
-    here.local.wait(here.board, "1-train")
+    here.wait()
     assert here.seen == []
 
 

@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from koinon.payload import Arrays
+import numpy as np
+
+from koinon.payload import Arrays, tree
 
 State: TypeAlias = dict[str, Any]
 """A fold in progress: dicts and lists around arrays and plain values, so that it can be stored and sent on."""
@@ -24,6 +26,7 @@ class Aggregator:
         name: what errors call it.
         init: a fold of nothing.
         add: the fold with one site's update (named arrays, as the optimizer will see them) and its weight.
+            The arrays are the caller's and may change afterwards: what is to be kept is copied.
         merge: two folds as one.
         finish: the round's update.  At least one was added.
         needs: `sum` if the rule needs only the weighted sum of the updates, `each` if it needs every one.
@@ -59,7 +62,8 @@ def collect(
     """
 
     def add(state: State, update: Arrays, weight: float) -> State:
-        return {"updates": [*state["updates"], dict(update)], "weights": [*state["weights"], weight]}
+        kept = tree.map(np.copy, update)  # the arrays are the caller's
+        return {"updates": [*state["updates"], kept], "weights": [*state["weights"], weight]}
 
     def merge(left: State, right: State) -> State:
         return {key: left[key] + right[key] for key in ("updates", "weights")}

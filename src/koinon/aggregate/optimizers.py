@@ -13,6 +13,10 @@ from koinon.aggregate.aggregator import State
 from koinon.errors import SettingsError
 from koinon.payload import Arrays
 
+STATISTICS = ("running_mean", "running_var", "moving_mean", "moving_variance")
+"""How the names of a batch norm's running statistics end.  They are estimates, not weights: whatever the optimizer
+does, they become their mean over the sites.  A variance that a momentum carries on would end below zero."""
+
 
 @dataclass(frozen=True)
 class Optimizer:
@@ -43,11 +47,13 @@ def sgd(lr: float = 1.0, *, momentum: float = 0.0) -> Optimizer:
         return {"velocity": {}}
 
     def step(model: Arrays, update: Arrays, state: State) -> tuple[Arrays, State]:
-        velocity = dict(update)
-        if momentum:
-            before = state["velocity"]
-            velocity = {name: momentum * before[name] + u if name in before else u for name, u in update.items()}
+        velocity, before = dict(update), state["velocity"]
+        for name in before.keys() & update.keys():
+            velocity[name] = momentum * before[name] + update[name]
         moved = {name: (model[name] + lr * v).astype(model[name].dtype, copy=False) for name, v in velocity.items()}
+        for name in moved:
+            if name.endswith(STATISTICS):
+                moved[name] = model[name] + update[name]
         return {**model, **moved}, {"velocity": velocity if momentum else {}}
 
     return Optimizer(f"sgd({lr:g}, momentum={momentum:g})" if momentum else f"sgd({lr:g})", init, step)

@@ -8,9 +8,11 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, Protocol
+
+import numpy as np
 
 from koinon.aggregate import Aggregator
 from koinon.control.sampler import Sampler
@@ -25,7 +27,7 @@ from koinon.tracking import SERVER, Commit, Tracker
 class Transport(Protocol):
     """How tasks get to sites and results back."""
 
-    def wait(self, board: Board, task: str) -> None:
+    def wait(self, board: Board, task: Task) -> None:
         """Return when the board may have changed, at the latest at the task's deadline."""
 
     @property
@@ -159,18 +161,19 @@ class Federation:
         self.board.post(task)
         return task
 
-    def stream(self, task: Task, kind: Kind | None = None) -> Iterator[Update]:
+    def stream(self, task: Task) -> Iterator[Update]:
         """The answers to a task as they come, each decoded and checked; the task is closed at the end.
 
         What cannot be counted is refused by the site's name, and the round goes on.
 
-        Args:
-            task: as `broadcast` returned it.
-            kind: of payload that is wanted; another kind is refused.
-
         Raises:
             QuorumNotReached: too few answered; the first site's traceback is kept.
         """
+        for update in self._answers(task):
+            yield replace(update, arrays=tree.map(np.copy, update.arrays))
+
+    def _answers(self, task: Task, kind: Kind | None = None) -> Iterator[Update]:
+        """As `stream`, but the arrays last only until the next answer; answers of another kind are refused."""
         while True:
             while result := self.board.take(task.id):
                 try:
@@ -180,7 +183,7 @@ class Federation:
             progress = self.board.progress(task.id, self._transport.now())
             if progress.over:
                 break
-            self._transport.wait(self.board, task.id)
+            self._transport.wait(self.board, task)
         failures = self.board.close(task.id)
         for site, failure in failures.items():
             self._tracker.emit("refused", task.round, site, vars(failure))
@@ -194,7 +197,7 @@ class Federation:
         """Wait for the answers to a task and fold them into one update."""
         state = aggregator.init()
         losses: list[tuple[float, float]] = []
-        for update in self.stream(task, "weight_diff"):
+        for update in self._answers(task, "weight_diff"):
             state = aggregator.add(state, update.arrays, update.weight)
             if "loss" in update.metrics:
                 losses.append((update.metrics["loss"], update.weight))
@@ -248,12 +251,14 @@ class Federation:
         if result.site != SERVER:  # what the server does at home crosses nothing
             self._tally["bytes_up"] += bytes_up
             self._tally["bytes_down"] += bytes_down
-        payload = self.job.upload.decode(result.payload) if result.payload.arrays else result.payload
+        try:
+            payload = self.job.upload.decode(result.payload) if result.payload.arrays else result.payload
+        except Exception as error:  # the bytes are a stranger's, and so is what a filter makes of them
+            raise _Refused(f"{self.job.upload.name} cannot decode its answer: {error}") from error
         if kind not in (None, payload.kind):
             raise _Refused(f"it answered '{task.name}' with {payload.kind}; {kind} is needed")
-        update = Update(result.site, payload.arrays, *_values(payload))
+        update = _update(result.site, payload, self._sent.expected)
         if payload.kind == "weight_diff":
-            _check_update(update, self._sent.expected)
             values: dict[str, Any] = {f"train_{key}": value for key, value in update.metrics.items()}
             values |= {"train_samples": update.weight, "began": self._tracker.now() - result.seconds}
             values |= {"seconds": result.seconds, "bytes_up": bytes_up, "bytes_down": bytes_down}
@@ -266,7 +271,7 @@ class Federation:
             return {}
         per_metric: dict[str, list[tuple[float, float]]] = {}
         own: dict[str, float] = {}
-        for update in self.stream(self.broadcast("evaluate", model, to=self._evaluators)):
+        for update in self._answers(self.broadcast("evaluate", model, to=self._evaluators)):
             self._tracker.emit("metric", self._round, update.site, {**update.metrics, "samples": update.weight})
             if update.site == SERVER:
                 own = dict(update.metrics)
@@ -275,11 +280,11 @@ class Federation:
         return own or {name: _mean(pairs) for name, pairs in per_metric.items()}
 
 
-def _values(payload: Payload) -> tuple[float, dict[str, float]]:
-    """Weight and metrics of an answer.
+def _update(site: str, payload: Payload, like: Arrays) -> Update:
+    """An answer, checked: a weight and metrics that are numbers, and arrays that fit the model and are finite.
 
     Raises:
-        _Refused: they are missing or not numbers.
+        _Refused: what is wrong.
     """
     weight, metrics = payload.values.get("weight"), payload.values.get("metrics", {})
     if not isinstance(weight, (int, float)) or not math.isfinite(weight) or weight <= 0:
@@ -288,15 +293,11 @@ def _values(payload: Payload) -> tuple[float, dict[str, float]]:
         raise _Refused(f"its metrics are a {type(metrics).__name__}: a mapping of names to numbers is needed")
     if odd := [name for name, value in metrics.items() if not isinstance(value, (int, float))]:
         raise _Refused(f"its metric '{odd[0]}' is {metrics[odd[0]]!r}: a number is needed")
-    return float(weight), {str(name): float(value) for name, value in metrics.items()}
-
-
-def _check_update(update: Update, like: Arrays) -> None:
-    """Refuse an update of other names, shapes or types than the model's, or with a NaN or an infinity."""
-    if wrong := tree.mismatch(update.arrays, like):
+    if payload.kind == "weight_diff" and (wrong := tree.mismatch(payload.arrays, like)):
         raise _Refused(f"it sent {wrong}. Is it running the same model code?")
-    if name := tree.finite(update.arrays):
+    if name := tree.finite(payload.arrays):
         raise _Refused(f"its '{name}' holds NaN or infinity. Is the learning rate too high for its data?")
+    return Update(site, payload.arrays, float(weight), {str(key): float(value) for key, value in metrics.items()})
 
 
 def _mean(pairs: Sequence[tuple[float, float]]) -> float:

@@ -178,7 +178,7 @@ class Split:
             return SiteData(None, self.server)
         arrays, _ = self._dealt
         train, test = self._sets
-        number = self.names.index(which) if isinstance(which, str) else which
+        number = self._place(which) if isinstance(which, str) else which
         if not 0 <= number < len(arrays["offsets"]) - 1:
             raise DataError(f"there is no site number {number}: this split has sites 0..{self.sites - 1}")
         mine = train.take(_range(arrays, "", number))
@@ -227,6 +227,13 @@ class Split:
             "held_out": 0 if test is None else len(test),
             "held_out_by": self._held_by,
         }
+
+    @cached_property
+    def _place(self) -> Callable[[str], int]:
+        """From a site's name to its number; a list would be searched from its beginning."""
+        if isinstance(self.names, Names):
+            return self.names.index
+        return {name: number for number, name in enumerate(self.names)}.__getitem__
 
     @cached_property
     def _sets(self) -> Pair:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -116,7 +117,7 @@ def summary(run: Run) -> dict[str, Any]:
         "sites": run.info.get("sites"),
         "rounds": max((row.round for row in run.series("seconds")), default=0),
         "score": series[-1].name if series else "",
-        "last": series[-1].value if series else None,
+        "last": series[-1].value if series and math.isfinite(series[-1].value) else None,
         "best": best.get("value"),
         "best_round": best.get("round"),
         "bytes_up": sum(row.value for row in run.series("bytes_up")),

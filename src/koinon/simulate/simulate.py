@@ -17,7 +17,7 @@ from koinon.data import Source, Split, iid
 from koinon.errors import DataError, KoinonError, RunError, SettingsError
 from koinon.payload import Plain, tree
 from koinon.site import Inline, Runner
-from koinon.task import Job
+from koinon.task import Job, JobState, move
 from koinon.tracking import FEDERATION, SERVER, Commit, Folder, Run, Sink, Tracker
 from koinon.transport import Local
 
@@ -60,33 +60,32 @@ def simulate(
     split = _split(job.data if data is None else data, sites)
     path = Path(out) if out else tracking.next_free(Path("runs"), type(job.controller).__name__.lower())
     model = job.first_model(seed)  # before anything is written: a job that cannot start leaves no folder
-    info, parties = _info(job, split, seed), _sites(split)
+    runner = Inline(job)
+    info, parties = {**_info(job, split, seed), "forms": runner.forms}, _sites(split)
     folder = Folder.reopen(path, info) if resume else Folder.create(path, info)
     last = folder.last() if resume else None
     if last and (wrong := tree.mismatch(model, last.state["model"])):
         folder.set_state("failed", "it was resumed with another model")
         raise RunError(f"'{path}' was begun with another model: the job has now {wrong}")
     tracker = Tracker(folder, *([tracking.live()] if sinks is None else sinks), after=last.time if last else 0.0)
-    runner = Inline(job)
     transport = Local(job, split.site, runner=runner, seed=seed, states=last.sites if last else {})
     federation = Federation(job, parties, transport=transport, store=folder, tracker=tracker, seed=seed, last=last)
     about = {"run": str(path), "rounds": info["rounds"], "sites": split.sites, "resumed": last.round if last else 0}
     tracker.emit("start", last.round if last else 0, values=about)
-    state, reason = "stopped", "interrupted"
+    state: JobState = move("submitted", "running")
+    end, reason = move(state, "stopped"), "interrupted"
     try:
         job.controller.run(federation, model)
         if alone:
             _alone(job, split, seed, runner=runner, tracker=tracker, folder=folder)
-        state, reason = "finished", ""
-    except KoinonError as error:
-        state, reason = "failed", str(error)
-        raise
+        end, reason = move(state, "finished"), ""
     except Exception as error:
-        state, reason = "failed", f"{type(error).__name__}: {error}"
+        end = move(state, "failed")
+        reason = str(error) if isinstance(error, KoinonError) else f"{type(error).__name__}: {error}"
         raise
     finally:
-        folder.set_state(state, reason)
-        tracker.emit("end", values={"state": state, "reason": reason})
+        folder.set_state(end, reason)
+        tracker.emit("end", values={"state": end, "reason": reason})
     return tracking.read(path)
 
 
@@ -120,6 +119,9 @@ def _sites(split: Split) -> Sites:
 
 def _alone(job: Job, split: Split, seed: int, *, runner: Runner, tracker: Tracker, folder: Folder) -> None:
     """Train every site by itself with the job's own controller, and record its metrics as `alone_…`."""
+    if not split.evaluators:
+        message = "alone: no site holds held-out data to judge its own model by; split(…, test='sites') deals them out"
+        tracker.emit("warning", values={"message": message})
     rounds, rows = getattr(job.controller, "rounds", 0), tracking.read(folder.path).rows
     known = {row.site for row in rows if row.name.startswith("alone_") and row.round == rounds}  # before a resume
     for name in split.evaluators:
@@ -130,7 +132,11 @@ def _alone(job: Job, split: Split, seed: int, *, runner: Runner, tracker: Tracke
         transport = Local(job, split.site, runner=runner, seed=seed, states={})
         store = SimpleNamespace(commit=commits.append)
         federation = Federation(job, only, transport=transport, store=store, tracker=Tracker(), seed=seed)
-        job.controller.run(federation, job.first_model(seed))
+        try:
+            job.controller.run(federation, job.first_model(seed))
+        except KoinonError as error:  # what was trained together stands, whatever becomes of one who tries alone
+            tracker.emit("warning", site=name, values={"message": f"could not be trained alone: {error}"})
+            continue
         last = commits[-1]
         shown = {f"alone_{metric}": last.metrics[metric] for metric in (job.score, "loss") if metric in last.metrics}
         tracker.emit("metric", last.round, name, shown)

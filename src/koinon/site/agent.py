@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -61,18 +62,19 @@ class Agent:
         """Answer a task.  Whatever the executor raises becomes a failure with its traceback."""
         began = time.perf_counter()
         try:
-            payload, state = self._answer(task, state)
+            context = SiteContext(task.name, self.site, task.round, self.data, self.seed)
+            kept = state.get("kept", {})
+            received = self.job.download.decode(task.payload)
+            # Whoever trains in place would be taken for one who learned nothing.
+            model = tree.read_only({**received.arrays, **kept})
+            answer = self.runner.run(task.name, replace(received, arrays=model), context)
+            payload, state = self.leave(answer, model, context, state)
         except Exception as error:
             return Result(task.id, self.site, failure=_failure(error), seconds=time.perf_counter() - began), state
         return Result(task.id, self.site, payload, seconds=time.perf_counter() - began), state
 
-    def _answer(self, task: Task, state: State) -> tuple[Payload, State]:
-        context = SiteContext(task.name, self.site, task.round, self.data, self.seed)
-        received = self.job.download.decode(task.payload)
-        kept = state.get("kept", {})
-        # Whoever trains in place would be taken for one who learned nothing.
-        model = tree.read_only({**received.arrays, **kept})
-        answer = self.runner.run(task.name, replace(received, arrays=model), context)
+    def leave(self, answer: Payload, model: Arrays, context: SiteContext, state: State) -> tuple[Payload, State]:
+        """What goes out of an executor's answer, through the filters, and what the site remembers."""
         if answer.kind not in ("weights", "weight_diff"):
             return answer, state
         update, upload = _update(answer, model), self.job.upload
@@ -83,6 +85,32 @@ class Agent:
         update, filter_state = upload.encode(update, filter_state, context.stream("upload"))
         after = {"filter": filter_state} if filter_state is not None else {}
         return update, after | ({"kept": kept} if kept else {})
+
+
+def work_together(agents: Sequence[Agent], task: Task, states: Sequence[State]) -> list[tuple[Result, State]]:
+    """Let several sites answer at once, where their executor can and they start from the same model.
+
+    If that fails, each works alone, so that the one who is to blame is named.
+    """
+    first = agents[0]
+    if any("kept" in state for state in states):
+        return [agent.work(task, state) for agent, state in zip(agents, states, strict=True)]
+    began = time.perf_counter()
+    try:
+        received = first.job.download.decode(task.payload)
+        contexts = [SiteContext(task.name, agent.site, task.round, agent.data, agent.seed) for agent in agents]
+        answers = first.runner.run_cohort(task.name, received, contexts)
+    except Exception:
+        return [agent.work(task, state) for agent, state in zip(agents, states, strict=True)]
+    each = (time.perf_counter() - began) / len(agents)
+    done = []
+    for agent, context, answer, state in zip(agents, contexts, answers, states, strict=True):
+        if first.job.upload is not NOTHING:
+            # The next cohort overwrites these arrays, and a filter may remember them.
+            answer = replace(answer, arrays=tree.map(np.copy, answer.arrays))
+        payload, after = agent.leave(answer, received.arrays, context, state)
+        done.append((Result(task.id, agent.site, payload, seconds=each), after))
+    return done
 
 
 def _update(answer: Payload, model: Arrays) -> Payload:

@@ -15,6 +15,7 @@ reached.  After `close` every answer to it is late.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
@@ -158,9 +159,9 @@ class Board:
         )
         return Progress(asked, answered, failed, over)
 
-    def next_waiting(self, task: str) -> str | None:
-        """Who is next to fetch an open task, in the order in which they were asked."""
-        return next(iter(self._open[task].waiting), None)
+    def next_waiting(self, task: str, count: int = 1) -> list[str]:
+        """The first `count` sites that have not fetched an open task yet, in the order in which they were asked."""
+        return list(itertools.islice(self._open[task].waiting, count))
 
     def close(self, task: str) -> dict[str, Failure]:
         """End a task: from now on every answer to it is late.

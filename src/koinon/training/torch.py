@@ -19,6 +19,7 @@ from koinon.errors import DataError, JobError, SettingsError, extra, nearest
 from koinon.payload import Arrays, Payload
 from koinon.streams import number
 from koinon.task import Context, Worker
+from koinon.training import cohort
 from koinon.training.batches import batches, check
 
 torch: Any = extra("torch", "torch")
@@ -53,6 +54,8 @@ class LocalSGD:
         metrics: name -> function (outputs, targets) -> number, for evaluation beside the loss; by default
             the accuracy, where targets are class labels.
         device: such as `cpu` or `cuda`; by default CUDA where there is one.
+        form: how several sites are trained: `cohort`, in one tensor program; `loop`, one after the other;
+            `auto`, in a cohort where the network and the settings allow it.
         max_batches: stop a local training early, to see that everything fits together.
 
     Raises:
@@ -72,6 +75,7 @@ class LocalSGD:
     batch_size: int = 32
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     device: str | None = None
+    form: str = "auto"
     max_batches: int | None = None
 
     tasks = ("train", "evaluate")
@@ -84,6 +88,8 @@ class LocalSGD:
             raise SettingsError(f"there is no loss '{self.loss}': {nearest(self.loss, LOSSES)}")
         if isinstance(self.optimizer, str) and self.optimizer != "sgd":
             raise SettingsError(f"there is no optimizer '{self.optimizer}': use 'sgd' or a function of the parameters")
+        if self.form not in ("auto", "cohort", "loop"):
+            raise SettingsError(f"there is no form '{self.form}': {nearest(self.form, ['auto', 'cohort', 'loop'])}")
         if not 0 <= self.momentum < 1:
             raise SettingsError(f"momentum must lie in [0, 1), not {self.momentum}")
 
@@ -117,15 +123,68 @@ class _Trainer:
         small = sum(parameter.numel() for parameter in self.parameters) * settings.batch_size < SMALL_STEP
         self.threads = 1 if small and not any("Conv" in kind for kind in kinds) else torch.get_num_threads()
 
+        self.cohorts, self.forms = self._form()
+
     def __call__(self, payload: Payload, context: Context) -> Payload:
         self._take(payload.arrays)
+        with self._ready(context):
+            return self._train(context) if context.task == "train" else self._evaluate(context)
+
+    def together(self, payload: Payload, contexts: Sequence[Context]) -> list[Payload]:
+        """Train several sites from the same weights in one tensor program."""
+        settings, work = self.settings, []
+        for context in contexts:
+            x, y = self._tensors(context.data.train)
+            work.append(cohort.Work(x.numpy(), y.numpy(), list(self._batches(len(x), context))))
+        step = cohort.Step(self._lr(contexts[0]), settings.momentum, settings.weight_decay)
+        with self._ready(contexts[0]):
+            updates, losses = self.program.train(payload.arrays, work, step)
+        return [
+            Payload("weight_diff", update, {"weight": len(site.x), "metrics": {"loss": loss}})
+            for update, loss, site in zip(updates, losses, work, strict=True)
+        ]
+
+    @contextmanager
+    def _ready(self, context: Context) -> Iterator[None]:
+        """As many threads as help, and the random numbers of this site and round, for dropout and the like."""
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads)
         try:
-            with _seeded(context.number("torch")):  # dropout and whatever else the module draws
-                return self._train(context) if context.task == "train" else self._evaluate(context)
+            with _seeded(context.number("torch"), self.device):
+                yield
         finally:
             torch.set_num_threads(before)
+
+    def _form(self) -> tuple[dict[str, int], dict[str, str]]:
+        """How many sites are trained at once, and why."""
+        settings = self.settings
+        if settings.form == "loop":
+            return {}, {"train": "one site after the other, as asked"}
+        try:
+            if self.device != "cpu" or settings.optimizer != "sgd":
+                raise cohort.Refused("cohorts are for the CPU and optimizer='sgd'")
+            self.program = cohort.program(self.module, settings.loss)
+        except cohort.Refused as reason:
+            if settings.form == "cohort":
+                raise JobError(f"form='cohort' cannot train this network: {reason}") from reason
+            return {}, {"train": f"one site after the other: {reason}"}
+        return {"train": self.program.size}, {"train": f"cohorts of {self.program.size} sites in one tensor program"}
+
+    def _lr(self, context: Context) -> float:
+        return self.settings.lr * self.settings.lr_decay ** max(0, context.round - 1)
+
+    def _batches(self, samples: int, context: Context) -> Iterator[np.ndarray]:
+        """The batches of one local training."""
+        settings = self.settings
+        order = batches(
+            samples,
+            settings.batch_size,
+            random=context.stream("batches"),
+            epochs=settings.epochs,
+            steps=settings.steps,
+            tail=self.tail,
+        )
+        return itertools.islice(order, settings.max_batches)
 
     def _take(self, model: Arrays) -> None:
         """Copy weights into the module, in place."""
@@ -139,20 +198,11 @@ class _Trainer:
                 tensor.copy_(torch.from_numpy(np.array(model[name])))
 
     def _train(self, context: Context) -> Payload:
-        settings, data = self.settings, context.data.train
-        x, y = self._tensors(data)
+        x, y = self._tensors(context.data.train)
         self.module.train()
-        update = self._optimizer(settings.lr * settings.lr_decay ** max(0, context.round - 1))
-        order = batches(
-            len(x),
-            settings.batch_size,
-            random=context.stream("batches"),
-            epochs=settings.epochs,
-            steps=settings.steps,
-            tail=self.tail,
-        )
+        update = self._optimizer(self._lr(context))
         losses = []
-        for batch in itertools.islice(order, settings.max_batches):
+        for batch in self._batches(len(x), context):
             index = torch.from_numpy(batch).to(self.device)
             loss = self.loss(self.module(x[index]), y[index])
             update(torch.autograd.grad(loss, self.parameters))
@@ -242,8 +292,19 @@ def _writable(array: np.ndarray) -> np.ndarray:
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seed PyTorch for a while; whatever the caller's own program draws afterwards is not disturbed."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+def _seeded(seed: int, device: str = "cpu") -> Iterator[None]:
+    """Seed PyTorch for a while; whatever the caller's own program draws afterwards is not disturbed.
+
+    Not by torch.manual_seed: without a GPU it notes a stack trace at every call, for a GPU that may come.
+    """
+    generators = [torch.default_generator]
+    if device != "cpu":
+        generators.append(torch.cuda.default_generators[torch.device(device).index or 0])
+    before = [generator.get_state() for generator in generators]
+    for generator in generators:
+        generator.manual_seed(seed)
+    try:
         yield
+    finally:
+        for generator, state in zip(generators, before, strict=True):
+            generator.set_state(state)

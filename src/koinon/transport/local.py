@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from koinon.payload import tree
-from koinon.site import Agent, Runner, State
+from koinon.site import Agent, Runner, State, work_together
 from koinon.task import Board, Job, Task
 
 
 class Local:
-    """Lets one site after the other answer, on the caller's thread.
+    """Lets one site after the other answer, or cohorts of them, on the caller's thread.
 
     Args:
         job: what runs.
@@ -32,17 +32,25 @@ class Local:
         self.states = dict(states)
         self._shown: tuple[Task, Task] | None = None
 
-    def wait(self, board: Board, task: str) -> None:
-        """Let the next site that waits for this task do its work."""
-        site = board.next_waiting(task)
-        leased = board.pull(site, self.now()) if site is not None else None
-        if site is None or leased is None:
+    def wait(self, board: Board, task: Task) -> None:
+        """Let the next site that waits for this task do its work, or the next cohort of them."""
+        sites = board.next_waiting(task.id, self._runner.cohorts.get(task.name, 1))
+        leased = [board.pull(site, self.now()) for site in sites]
+        if len(sites) > 1 and all(one is task for one in leased):
+            self._work(board, task, sites)
             return
-        agent = Agent(site, self._data(site), self._job, self._runner, self._seed)
-        result, state = agent.work(self._read_only(leased), self.states.get(site, {}))
-        if state:
-            self.states[site] = state  # most sites remember nothing, and cost nothing
-        board.answer(result, self.now())
+        for site, one in zip(sites, leased, strict=True):
+            if one is not None:  # its deadline may have passed; or an older task comes first
+                self._work(board, one, [site])
+
+    def _work(self, board: Board, task: Task, sites: Sequence[str]) -> None:
+        shown, states = self._read_only(task), [self.states.get(site, {}) for site in sites]
+        agents = [Agent(site, self._data(site), self._job, self._runner, self._seed) for site in sites]
+        done = [agents[0].work(shown, states[0])] if len(sites) == 1 else work_together(agents, shown, states)
+        for result, state in done:
+            if state:
+                self.states[result.site] = state  # most sites remember nothing, and cost nothing
+            board.answer(result, self.now())
 
     def _read_only(self, task: Task) -> Task:
         """The task with arrays that refuse to be written; made once for all its sites."""

@@ -39,7 +39,16 @@ def main() -> None:
         os.environ["KOINON_CACHE"] = folder
         first = load_and_distribute(given.data, given.sites)
         second = statistics.median(load_and_distribute(given.data, given.sites) for _ in range(given.repeats))
-    print(json.dumps({"first": round(first, 3), "second": round(second, 4), "ratio": round(first / second, 1)}))
+    print(
+        json.dumps(
+            {
+                "bench": "data_cache",
+                "first": round(first, 3),
+                "second": round(second, 4),
+                "ratio": round(first / second, 1),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

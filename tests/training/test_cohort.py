@@ -109,6 +109,21 @@ def test_what_one_site_holds_never_reaches_another():
     assert spoilt == [False, True, False]
 
 
+def test_dropout_trains_after_an_evaluation_as_before_it():
+    """Evaluation switches dropout off; the next round's training has it again, with the same numbers."""
+    network = lambda: nn.Sequential(nn.Flatten(), nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 3))  # noqa: E731
+    executor = koinon.torch.LocalSGD(model=network, form="cohort", lr=0.1)
+    payload, worker, contexts = Payload("weights", executor.initial(0)), executor.open(), sites([6, 6])
+    first = worker.together(payload, contexts)[1].arrays["1.weight"].copy()
+    held_out = SimpleNamespace(train=None, test=contexts[0].data.train)
+    worker(payload, SiteContext("evaluate", "site-0", 1, held_out, seed=4))
+    assert worker.together(payload, contexts)[1].arrays["1.weight"].tobytes() == first.tobytes()
+    without = koinon.torch.LocalSGD(model=lambda: nn.Sequential(*network()[:2], *network()[3:]), form="cohort", lr=0.1)
+    model = {name.replace("3.", "2."): array for name, array in payload.arrays.items()}
+    plain = without.open().together(Payload("weights", model), contexts)[1].arrays["1.weight"]
+    assert not np.allclose(plain, first)
+
+
 class Residual(nn.Module):
     def __init__(self):
         super().__init__()
@@ -116,6 +131,18 @@ class Residual(nn.Module):
 
     def forward(self, x):
         return x + self.layer(x)
+
+
+def hooked():
+    layer = nn.Linear(3, 3)
+    layer.register_forward_hook(lambda *_: None)
+    return layer
+
+
+def tied():
+    network = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
+    network[2].weight = network[0].weight
+    return network
 
 
 REFUSED = {
@@ -126,6 +153,8 @@ REFUSED = {
     "own loss": (NETWORKS["linear"], {"loss": lambda outputs, targets: outputs.sum()}, "a loss of one's own"),
     "own optimizer": (NETWORKS["linear"], {"optimizer": lambda p: torch.optim.Adam(p)}, "optimizer='sgd'"),
     "nothing": (lambda: nn.Sequential(nn.Flatten()), {}, "nothing to train"),
+    "tied": (tied, {}, "share their weights"),
+    "hooks": (lambda: nn.Sequential(hooked()), {}, "hooks"),
     "frozen": (lambda: nn.Sequential(nn.Linear(3, 3).requires_grad_(False)), {}, "frozen"),
 }
 

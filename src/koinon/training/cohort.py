@@ -37,6 +37,19 @@ METHODS = {"relu", "tanh", "sigmoid"}
 LOSSES = {"cross_entropy", "mse"}
 
 
+class Refused(Exception):
+    """A network or a loss that cannot be stacked; the message says why."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One site's part of a cohort: its columns, and its batches as indices into them."""
+
+    x: np.ndarray
+    y: np.ndarray
+    batches: Sequence[np.ndarray]
+
+
 @dataclass(frozen=True)
 class Step:
     """How weights move: v <- momentum v + g + decay w;  w <- w - lr v."""
@@ -207,6 +220,8 @@ class Program:
         state = module.state_dict()
         if odd := set(state) - held:
             raise Refused(f"'{sorted(odd)[0]}' belongs to no dense layer")
+        if len(list(module.parameters())) < len(state):
+            raise Refused("two layers share their weights")
         if not self.layers or not all(parameter.requires_grad for parameter in module.parameters()):
             raise Refused("nothing to train, or frozen weights")
 
@@ -216,33 +231,22 @@ class Program:
         Raises:
             Refused: it has no stacked form here.
         """
-        if isinstance(part, nn.Linear):
+        if part is not None and (part._forward_hooks or part._forward_pre_hooks or part._backward_hooks):
+            raise Refused(f"'{node.name}' has hooks")
+        if type(part) is nn.Linear:  # not a subclass: who knows what its forward does
             layer = _Layer(node.target, part, self.size)
             self.layers.append(layer)
             return lambda x, step: _dense(x, self._anchor, layer, step)
-        flat = isinstance(part, nn.Flatten) and (part.start_dim, part.end_dim) == (1, -1)
+        flat = type(part) is nn.Flatten and (part.start_dim, part.end_dim) == (1, -1)
         if flat or (node.target in (torch.flatten, "flatten") and node.args[1:] == (1,)):
             return lambda x, step: x.flatten(2)
-        if isinstance(part, POINTWISE):
+        if type(part) in POINTWISE:
             return lambda x, step: part(x)
         if node.op == "call_function" and node.target in FUNCTIONS:
             return lambda x, step: node.target(x, **node.kwargs)
         if node.op == "call_method" and node.target in METHODS:
             return lambda x, step: getattr(x, node.target)()
         raise Refused(f"'{node.name}' ({type(part).__name__ if part is not None else node.target}) has no stacked form")
-
-
-class Refused(Exception):
-    """A network or a loss that cannot be stacked; the message says why."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """One site's part of a cohort: its columns, and its batches as indices into them."""
-
-    x: np.ndarray
-    y: np.ndarray
-    batches: Sequence[np.ndarray]
 
 
 def program(module: Any, loss: Any) -> Program:

@@ -137,6 +137,7 @@ class _Trainer:
             x, y = self._tensors(context.data.train)
             work.append(cohort.Work(x.numpy(), y.numpy(), list(self._batches(len(x), context))))
         step = cohort.Step(self._lr(contexts[0]), settings.momentum, settings.weight_decay)
+        self.module.train()
         with self._ready(contexts[0]):
             updates, losses = self.program.train(payload.arrays, work, step)
         return [

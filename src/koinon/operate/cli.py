@@ -15,7 +15,7 @@ from rich.table import Table
 
 from koinon import tracking
 from koinon.data import Source, Split, iid
-from koinon.errors import KoinonError, QuorumNotReached, RunError, SettingsError
+from koinon.errors import KoinonError, MissingExtra, QuorumNotReached, RunError, SettingsError
 from koinon.operate import doctor as health
 from koinon.operate import session
 from koinon.tracking import Run, live, plots
@@ -46,7 +46,10 @@ Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks")]
 def demo(out: Out = None, seed: Seed = 0, debug: Debug = False) -> None:
     """Eight sites that hold different digits learn to read them together."""
     order = session.Order(file=str(session.demo_file()), settings={}, seed=seed, alone=True)
-    _finish(lambda: session.run(order, out, [live()]))
+    try:
+        _finish(lambda: session.run(order, out, [live()]))
+    except MissingExtra as missing:
+        raise MissingExtra("the demo needs a few libraries more: pip install 'koinon[demo]'") from missing
 
 
 @app.command()

@@ -172,6 +172,26 @@ def test_a_controller_of_ones_own_reads_top_to_bottom(tmp_path):
     assert [row.value for row in result.series("turns")] == [4, 4]
 
 
+@dataclass(frozen=True)
+class TwoAtOnce:
+    """A workflow that has two models out at the same time."""
+
+    def run(self, fed, model):
+        at = fed.start(model=model)
+        for _ in fed.rounds(1):
+            wide = {"w": np.zeros(6, np.float32)}
+            tasks = [fed.broadcast("train", model, to=["site-1"]), fed.broadcast("train", wide, to=["site-2"])]
+            at.model = {"w": np.array([len(update.arrays["w"]) for task in tasks for update in fed.stream(task)])}
+            fed.commit(at)
+        return at.model
+
+
+def test_each_answer_is_held_against_the_model_it_was_asked_about(tmp_path):
+    """Two tasks may be open at once, with models of other shapes."""
+    two = job(lambda model, context: ({"w": model["w"] + 1}, 4, {})).replace(controller=TwoAtOnce())
+    assert koinon.simulate(two, out=tmp_path / "run", sinks=()).model()["w"].tolist() == [4, 6]
+
+
 def test_a_controller_may_abort_with_a_reason(tmp_path):
     """The run has failed, and says why."""
     with pytest.raises(JobError, match="far too many rounds"):

@@ -107,7 +107,8 @@ class Federation:
         self._evaluators, self._last = sites.evaluators, last
         self._transport, self._store, self._tracker = transport, store, tracker
         self._round, self._posted, self._began = (last.round if last else 0), 0, 0.0
-        self._sent: _Sent | None = None
+        self._sent: _Sent | None = None  # the latest
+        self._out: dict[str, _Sent] = {}  # what each open task took along
         self._held: dict[str, int] = {}  # the version of the model that each site has fetched already
         self._tally: dict[str, float] = defaultdict(float)
 
@@ -116,7 +117,7 @@ class Federation:
     def start(self, **state: Any) -> SimpleNamespace:
         """The state that `commit` will keep: as given, or as it was at the last commit."""
         if self._last and self._evaluators and "evaluate" in self.job.answers:
-            self._payload(self._last.state["model"])  # it went down to be evaluated: encoded then, held by the sites
+            self._encoded(self._last.state["model"])  # it went down to be evaluated: encoded then, held by the sites
             self._held = dict.fromkeys(self._evaluators, 0)
         return SimpleNamespace(**(self._last.state if self._last else state))
 
@@ -157,8 +158,10 @@ class Federation:
             raise JobError(f"round {self._round}: the sampler chose no site for '{name}'")
         self._posted += 1
         quorum = max(1, math.ceil(self.job.quorum * len(asked)))
-        task = Task(f"{self._posted}-{name}", name, self._round, self._payload(model), asked, quorum)
+        sent = self._encoded(model)
+        task = Task(f"{self._posted}-{name}", name, self._round, sent.payload, asked, quorum)
         self.board.post(task)
+        self._out[task.id] = sent
         return task
 
     def stream(self, task: Task) -> Iterator[Update]:
@@ -185,6 +188,7 @@ class Federation:
                 break
             self._transport.wait(self.board, task)
         failures = self.board.close(task.id)
+        del self._out[task.id]
         for site, failure in failures.items():
             self._tracker.emit("refused", task.round, site, vars(failure))
         if progress.answered < task.quorum:
@@ -207,7 +211,8 @@ class Federation:
 
     def send(self, name: str, model: Arrays, *, to: str) -> Update:
         """Ask one site to work on a model, and wait for its answer."""
-        return next(iter(list(self.stream(self.broadcast(name, model, to=[to])))))
+        (update,) = self.stream(self.broadcast(name, model, to=[to]))
+        return update
 
     def log(self, **metrics: float) -> None:
         """Record numbers of this round for the federation as a whole."""
@@ -223,7 +228,7 @@ class Federation:
 
     # -- inside ----------------------------------------------------------------------------------------------
 
-    def _payload(self, model: Arrays) -> Payload:
+    def _encoded(self, model: Arrays) -> _Sent:
         """The model as it goes down; encoded once, however many tasks and sites get it."""
         if self._sent is None or self._sent.model is not model:
             payload, filter_ = Payload("weights", model), self.job.download
@@ -234,7 +239,7 @@ class Federation:
                 del expected[name]
             version = self._sent.version + 1 if self._sent else 0
             self._sent = _Sent(version, model, payload, codec.size(payload), expected)
-        return self._sent.payload
+        return self._sent
 
     def _receive(self, task: Task, result: Result, kind: Kind | None) -> Update:
         """Decode and check one answer, and count its bytes.
@@ -243,11 +248,11 @@ class Federation:
             _Refused: it cannot be counted.
         """
         assert result.payload is not None
-        assert self._sent is not None
-        bytes_up, bytes_down = codec.size(result.payload), self._sent.size
-        if self._held.get(result.site) == self._sent.version:
+        sent = self._out[task.id]
+        bytes_up, bytes_down = codec.size(result.payload), sent.size
+        if self._held.get(result.site) == sent.version:
             bytes_down = 0  # a site fetches a given model once
-        self._held[result.site] = self._sent.version
+        self._held[result.site] = sent.version
         if result.site != SERVER:  # what the server does at home crosses nothing
             self._tally["bytes_up"] += bytes_up
             self._tally["bytes_down"] += bytes_down
@@ -257,7 +262,7 @@ class Federation:
             raise _Refused(f"{self.job.upload.name} cannot decode its answer: {error}") from error
         if kind not in (None, payload.kind):
             raise _Refused(f"it answered '{task.name}' with {payload.kind}; {kind} is needed")
-        update = _update(result.site, payload, self._sent.expected)
+        update = _update(result.site, payload, sent.expected)
         if payload.kind == "weight_diff":
             values: dict[str, Any] = {f"train_{key}": value for key, value in update.metrics.items()}
             values |= {"train_samples": update.weight, "began": self._tracker.now() - result.seconds}

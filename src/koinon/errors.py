@@ -61,6 +61,15 @@ class RunError(KoinonError):
     """A run folder is missing, taken, or belongs to another job."""
 
 
+def in_a_line(error: Exception) -> str:
+    """What happened, without a traceback: Koinon's own errors say enough without their class.
+
+    >>> in_a_line(DataError("no file")), in_a_line(KeyError("label"))
+    ('no file', "KeyError: 'label'")
+    """
+    return str(error) if isinstance(error, KoinonError) else f"{type(error).__name__}: {error}"
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """The ending of an error about an unknown name: the nearest known one, or all of them.
 

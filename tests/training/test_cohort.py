@@ -206,6 +206,28 @@ def test_a_rule_that_keeps_updates_gets_its_own(tmp_path):
         assert results[0][name] == pytest.approx(array, abs=1e-5)
 
 
+def test_a_filter_that_fails_at_one_site_of_a_cohort_fails_that_site(tmp_path):
+    """Its code is the job's, what it chokes on is the site's: the round goes on without it."""
+
+    def encode(payload, state, random):
+        if payload.values["weight"] == 5:
+            raise ValueError("five is too many")
+        return payload, state
+
+    parts = {f"site-{number}": (np.ones((3 + number, 6), np.float32), np.arange(3 + number) % 3) for number in range(4)}
+    events = []
+    job = koinon.Job(
+        koinon.FedAvg(rounds=1),
+        koinon.torch.LocalSGD(model=NETWORKS["written"], form="cohort"),
+        data=koinon.data.sites(parts),
+        upload=koinon.Filter("picky", encode=encode),
+    )
+    run = koinon.simulate(job, out=tmp_path / "run", sinks=[events.append])
+    refused = [(event.site, event.values["reason"]) for event in events if event.kind == "refused"]
+    assert refused == [("site-2", "ValueError: five is too many")]
+    assert run.series("answered")[0].value == 3
+
+
 def test_a_failing_site_of_a_cohort_is_named(tmp_path):
     """A label out of range fails its site, and no other."""
     parts = {f"site-{number}": (np.ones((4, 6), np.float32), np.arange(4) % 3) for number in range(5)}

@@ -37,9 +37,8 @@ class FedAvg:
         if self.rounds < 1:
             raise SettingsError(f"FedAvg: rounds must be 1 or more, not {self.rounds}")
 
-    def run(self, federation: Federation, model: Arrays) -> Arrays:
+    def run(self, fed: Federation, model: Arrays) -> Arrays:
         """From the first global model to the last; after a crash, from the last commit on."""
-        fed = federation
         at = fed.start(model=model, optimizer=self.optimizer.init(model))
         for _ in fed.rounds(self.rounds):
             update = fed.fold(self.aggregator, fed.broadcast("train", at.model, to=self.sampler))

@@ -205,7 +205,7 @@ def _pairs(settings: list[str] | None) -> dict[str, str]:
 def _split(data: Any) -> Split:
     if data is None:
         raise SettingsError("this job brings no data: give data= to its Job")
-    return data.split(iid(), sites=8) if isinstance(data, Source) else data
+    return data.split(iid()) if isinstance(data, Source) else data
 
 
 def _show(rows: list[dict[str, Any]], as_json: bool) -> None:

@@ -30,11 +30,6 @@ def zip_map(function: Callable[..., np.ndarray], first: Arrays, *others: Arrays)
     return {name: function(array, *(other[name] for other in others)) for name, array in first.items()}
 
 
-def subtract(left: Arrays, right: Arrays) -> dict[str, np.ndarray]:
-    """left - right, name by name."""
-    return zip_map(np.subtract, left, right)
-
-
 def norm(arrays: Arrays) -> float:
     """The Euclidean norm of all entries together, accumulated in float64.
 

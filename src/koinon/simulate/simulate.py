@@ -14,7 +14,7 @@ from typing import Any
 from koinon import tracking
 from koinon.control import Federation, Sites
 from koinon.data import Source, Split, iid
-from koinon.errors import DataError, KoinonError, RunError, SettingsError
+from koinon.errors import DataError, KoinonError, RunError, SettingsError, in_a_line
 from koinon.payload import Plain, tree
 from koinon.site import Inline, Runner
 from koinon.task import Job, JobState, move
@@ -80,8 +80,7 @@ def simulate(
             _alone(job, split, seed, runner=runner, tracker=tracker, folder=folder)
         end, reason = move(state, "finished"), ""
     except Exception as error:
-        end = move(state, "failed")
-        reason = str(error) if isinstance(error, KoinonError) else f"{type(error).__name__}: {error}"
+        end, reason = move(state, "failed"), in_a_line(error)
         raise
     finally:
         folder.set_state(end, reason)
@@ -96,7 +95,7 @@ def _split(data: Any, sites: int | None) -> Split:
         SettingsError: there is none.
     """
     if isinstance(data, Source):
-        return data.split(iid(), sites=sites or 8)
+        return data.split(iid(), sites=sites)
     if data is None:
         raise SettingsError("there are no data to deal out: give data= to the Job or to simulate()")
     if sites is not None and sites != data.sites:
@@ -122,6 +121,7 @@ def _alone(job: Job, split: Split, seed: int, *, runner: Runner, tracker: Tracke
     if not split.evaluators:
         message = "alone: no site holds held-out data to judge its own model by; split(…, test='sites') deals them out"
         tracker.emit("warning", values={"message": message})
+        return
     rounds, rows = getattr(job.controller, "rounds", 0), tracking.read(folder.path).rows
     known = {row.site for row in rows if row.name.startswith("alone_") and row.round == rounds}  # before a resume
     for name in split.evaluators:

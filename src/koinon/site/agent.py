@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import traceback
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from koinon.errors import KoinonError
+from koinon.errors import in_a_line
 from koinon.filters import NOTHING, Filter
 from koinon.payload import Arrays, Payload, tree
 from koinon.site.runner import Runner
@@ -90,22 +91,23 @@ class Agent:
 def work_together(agents: Sequence[Agent], task: Task, states: Sequence[State]) -> list[tuple[Result, State]]:
     """Let several sites answer at once, where their executor can and they start from the same model.
 
-    If that fails, each works alone, so that the one who is to blame is named.
+    If anything of that fails, each works alone, so that the one who is to blame is named.
     """
-    first = agents[0]
-    if any("kept" in state for state in states):
-        return [agent.work(task, state) for agent, state in zip(agents, states, strict=True)]
-    began = time.perf_counter()
-    try:
-        received = first.job.download.decode(task.payload)
-        contexts = [SiteContext(task.name, agent.site, task.round, agent.data, agent.seed) for agent in agents]
-        answers = first.runner.run_cohort(task.name, received, contexts)
-    except Exception:
-        return [agent.work(task, state) for agent, state in zip(agents, states, strict=True)]
+    if not any("kept" in state for state in states):
+        with contextlib.suppress(Exception):
+            return _as_cohort(agents, task, states)
+    return [agent.work(task, state) for agent, state in zip(agents, states, strict=True)]
+
+
+def _as_cohort(agents: Sequence[Agent], task: Task, states: Sequence[State]) -> list[tuple[Result, State]]:
+    began, job = time.perf_counter(), agents[0].job
+    received = job.download.decode(task.payload)
+    contexts = [SiteContext(task.name, agent.site, task.round, agent.data, agent.seed) for agent in agents]
+    answers = agents[0].runner.run_cohort(task.name, received, contexts)
     each = (time.perf_counter() - began) / len(agents)
     done = []
     for agent, context, answer, state in zip(agents, contexts, answers, states, strict=True):
-        if first.job.upload is not NOTHING:
+        if job.upload is not NOTHING:
             # The next cohort overwrites these arrays, and a filter may remember them.
             answer = replace(answer, arrays=tree.map(np.copy, answer.arrays))
         payload, after = agent.leave(answer, received.arrays, context, state)
@@ -132,6 +134,5 @@ def _parted(update: Payload, model: Arrays, upload: Filter) -> tuple[Payload, di
 
 
 def _failure(error: Exception) -> Failure:
-    """One line and the traceback: Koinon's own errors say enough without their class."""
-    reason = str(error) if isinstance(error, KoinonError) else f"{type(error).__name__}: {error}"
-    return Failure(reason, "".join(traceback.format_exception(error)))
+    """One line and the traceback."""
+    return Failure(in_a_line(error), "".join(traceback.format_exception(error)))

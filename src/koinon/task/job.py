@@ -70,7 +70,7 @@ class Controller(Protocol):
     One that names the tasks it will ask for, in an attribute `asks`, is refused early in a job that cannot answer.
     """
 
-    def run(self, federation: Any, model: Arrays) -> Arrays:
+    def run(self, fed: Any, model: Arrays) -> Arrays:
         """From the first global model to the last."""
 
 

@@ -122,7 +122,6 @@ class _Trainer:
         # A small dense step is over before a second thread has woken up, and on a busy machine waits for it.
         small = sum(parameter.numel() for parameter in self.parameters) * settings.batch_size < SMALL_STEP
         self.threads = 1 if small and not any("Conv" in kind for kind in kinds) else torch.get_num_threads()
-
         self.cohorts, self.forms = self._form()
 
     def __call__(self, payload: Payload, context: Context) -> Payload:

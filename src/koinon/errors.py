@@ -8,7 +8,10 @@ KoinonError
  │    └── FilterMismatch    an aggregator and a filter exclude each other
  ├── PayloadError       bytes or arrays that may not cross a border
  ├── QuorumNotReached   too few sites answered a task
- └── RunError           a run folder is missing, taken, or belongs to another job
+ ├── RunError           a run folder is missing, taken, or belongs to another job
+ ├── KitError           a kit was changed, has expired, or lacks something
+ ├── LinkError          the server cannot be reached; trying again may help
+ └── Refused            the server, or a site, does not take what it was given
 
 The command line prints the message alone; `--debug` adds the traceback.
 """
@@ -59,6 +62,30 @@ class QuorumNotReached(KoinonError):
 
 class RunError(KoinonError):
     """A run folder is missing, taken, or belongs to another job."""
+
+
+class KitError(KoinonError):
+    """A kit was changed, has expired, or lacks something."""
+
+
+class LinkError(KoinonError):
+    """The server cannot be reached just now; trying again may help."""
+
+
+class Refused(KoinonError):
+    """The server, or a site, does not take what it was given; trying again does not help."""
+
+
+EXTRAS = {
+    "torch": ["torch"],
+    "jax": ["jax"],
+    "keras": ["tensorflow"],
+    "data": ["sklearn", "pyarrow", "PIL"],
+    "plot": ["matplotlib"],
+    "ray": ["ray"],
+    "postgresql": ["psycopg"],
+}
+"""What each of Koinon's extras brings, by the names that are imported."""
 
 
 def in_a_line(error: Exception) -> str:

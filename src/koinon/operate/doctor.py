@@ -10,20 +10,11 @@ from importlib import metadata
 from typing import Any
 
 from koinon.data import Source, Split
-from koinon.errors import SettingsError, extra
+from koinon.errors import EXTRAS, SettingsError, extra
 from koinon.payload import Arrays, Payload, codec, tree
 from koinon.simulate.processes import cores
 from koinon.site import forms, inline
 from koinon.task import Job
-
-EXTRAS = {
-    "torch": ["torch"],
-    "jax": ["jax"],
-    "keras": ["tensorflow"],
-    "data": ["sklearn", "pyarrow", "PIL"],
-    "plot": ["matplotlib"],
-    "ray": ["ray"],
-}
 
 
 def machine() -> dict[str, Any]:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from koinon.errors import MissingExtra, RunError, SettingsError
-from koinon.operate import jobfile
 from koinon.simulate import alone, ray, simulate
+from koinon.site import jobfile
 from koinon.task import Job
 from koinon.tracking import Event, Run, Sink, next_free, read, report, state_of
 from koinon.tracking.folder import read_json, write_json

@@ -32,8 +32,9 @@ from rich.live import Live
 from rich.text import Text
 
 from koinon.errors import JobError, KoinonError, RunError, SettingsError
-from koinon.operate import jobfile, session
+from koinon.operate import session
 from koinon.simulate.processes import ONE_THREAD
+from koinon.site import jobfile
 from koinon.tracking import FEDERATION, Row, Run, plots, read, state_of
 from koinon.tracking.folder import read_json, write_json
 from koinon.tracking.live import clock, short

@@ -20,18 +20,17 @@ import cloudpickle
 import numpy as np
 
 from koinon.data import Split
+from koinon.site import jobfile
 
 Packed: TypeAlias = tuple[bytes, list[tuple[int, int]]]
 """An object without its arrays, and where each of them begins and ends in a box."""
 
 
-def by_value(module: ModuleType) -> None:
-    """What this module defines travels along: nobody else could import it."""
-    cloudpickle.register_pickle_by_value(module)
-
-
 def carried() -> list[ModuleType]:
-    """The modules of which that was said."""
+    """The modules whose definitions travel along, as nobody else could import them: job files, and who was named so."""
+    for name, module in tuple(sys.modules.items()):
+        if name.startswith(jobfile.PREFIX):
+            cloudpickle.register_pickle_by_value(module)
     return [sys.modules[name] for name in cloudpickle.list_registry_pickle_by_value() if name in sys.modules]
 
 
@@ -57,6 +56,7 @@ class Box:
 
     def put(self, value: Any) -> Packed:
         """Write an object's arrays here, in place of what was here before."""
+        carried()
         buffers: list[pickle.PickleBuffer] = []
         stream, places, end = io.BytesIO(), [], 0
         _Pickler(stream, protocol=5, buffer_callback=buffers.append).dump(value)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -90,14 +91,16 @@ class Board:
         self.tasks[task.id] = task
         self._open[task.id] = _Open(task, waiting)
 
-    def pull(self, site: str, now: float) -> Task | None:
+    def pull(self, site: str, now: float, held: Collection[str] = ()) -> Task | None:
         """The oldest task that this site should work on, now leased to it; None if there is nothing to do.
 
         A site that pulls again before it answered has lost the task (it may have been restarted) and gets
-        the same one.
+        the same one, unless it says that it still holds it.
         """
         for open_task in self._open.values():
             task = open_task.task
+            if task.id in held:
+                continue
             if self.lease != math.inf:
                 open_task.expire(now)
             if task.deadline is not None and now >= task.deadline:

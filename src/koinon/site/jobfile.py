@@ -17,10 +17,11 @@ from typing import Any
 
 import msgspec
 
-from koinon.errors import JobError, KoinonError, MissingExtra, SettingsError, nearest
-from koinon.operate.doctor import EXTRAS
-from koinon.simulate.box import by_value
+from koinon.errors import EXTRAS, JobError, KoinonError, MissingExtra, SettingsError, nearest
 from koinon.task import Job
+
+PREFIX = "koinon_job_"
+"""Of a job file's name as a module: what it defines travels by value, as nobody else could import it."""
 
 
 def load(path: Path, settings: Mapping[str, str], *, seed: int | None = None, home: Path | None = None) -> Job:
@@ -58,12 +59,11 @@ def module(path: Path, home: Path) -> ModuleType:
     if not path.is_file():
         beside = [other.name for other in path.parent.glob("*.py")] if path.parent.is_dir() else []
         raise JobError(f"there is no job file '{path}': {nearest(path.name, beside)}")
-    spec = importlib.util.spec_from_file_location(f"koinon_job_{path.stem}", path)
+    spec = importlib.util.spec_from_file_location(f"{PREFIX}{path.stem}", path)
     if spec is None or spec.loader is None:
         raise JobError(f"'{path}' is no Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and typing look their module up
-    by_value(module)
     sys.path.insert(0, str(home.resolve()))
     _guarded(path, lambda: spec.loader.exec_module(module) if spec.loader else None)
     return module

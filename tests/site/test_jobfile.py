@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from koinon.errors import JobError, SettingsError
-from koinon.operate import jobfile
+from koinon.site import jobfile
 
 TEXT = """
 import koinon

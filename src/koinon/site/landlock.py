@@ -1,0 +1,70 @@
+"""A process gives up the right to read some files, for good (Landlock, Linux 5.13 and newer).
+
+The kernel only knows what is allowed: everything beside the path to a hidden file is.  So nothing new can be made
+right in the folders on that path.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+CREATE, ADD, RESTRICT = 444, 445, 446
+"""Numbers of the system calls, on every architecture."""
+
+BITS = {1: 13, 2: 14, 3: 15}
+"""How many rights over files each version of the interface knows; from version 5 there are 16."""
+
+
+def version() -> int:
+    """Of the kernel's interface; 0 where there is none."""
+    if sys.platform != "linux":
+        return 0
+    return max(0, int(ctypes.CDLL(None).syscall(CREATE, None, ctypes.c_size_t(0), 1)))
+
+
+def hide(files: Sequence[Path]) -> bool:
+    """From now on this process, and whatever it starts, cannot read or write these files or folders.
+
+    Returns:
+        Whether the system can do that.
+    """
+    known = version()
+    if not files or not known:
+        return not files
+    libc = ctypes.CDLL(None, use_errno=True)
+    rights = (1 << BITS.get(known, 15 if known == 4 else 16)) - 1
+    ruleset = libc.syscall(CREATE, ctypes.byref(ctypes.c_uint64(rights)), ctypes.c_size_t(8), 0)
+    for path in beside([file.resolve() for file in files]):
+        try:
+            place = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        except OSError:
+            continue  # it is gone, or was never to be had
+        allowed = rights if path.is_dir() else rights & 0b1100_0000_0000_0111
+        libc.syscall(ADD, ruleset, 1, ctypes.byref(_Beneath(allowed, place)), 0)
+        os.close(place)
+    done = libc.prctl(38, 1, 0, 0, 0) == 0 and libc.syscall(RESTRICT, ruleset, 0) == 0  # 38: no new privileges
+    os.close(ruleset)
+    return bool(done)
+
+
+def beside(files: Sequence[Path], place: Path = Path("/")) -> Iterator[Path]:
+    """The largest parts of the file system that hold none of these files, and are in none."""
+    if place in files:
+        return
+    if not any(place in file.parents for file in files):
+        yield place
+        return
+    for path in place.iterdir():
+        if not path.is_symlink():  # what it points to is allowed, or not, in its own right
+            yield from beside(files, path)
+
+
+class _Beneath(ctypes.Structure):
+    """`struct landlock_path_beneath_attr`."""
+
+    _pack_ = 1
+    _fields_ = (("allowed", ctypes.c_uint64), ("parent", ctypes.c_int32))

@@ -10,17 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 import koinon
 
 
 def patients(folder: Path) -> dict[str, dict[str, np.ndarray]]:
     """{"train": columns, "test": columns}: features x, (event, time) y, and the region of each patient."""
-    with (folder / "train_test_split.csv").open() as lines:
-        fold = {row["pid"]: row["fold2"].split("_") for row in csv.DictReader(lines)}
     rows: dict[str, list] = {"train": [], "test": []}
-    with (folder / "brca.csv").open() as lines:
+    with (folder / "train_test_split.csv").open() as folds, (folder / "brca.csv").open() as lines:
+        fold = {row["pid"]: row["fold2"].split("_") for row in csv.DictReader(folds)}
         for row in csv.DictReader(lines):
             if pid := fold.get(row.pop("pid")):  # a few patients belong to no split
                 rows[pid[0]].append((np.array(list(row.values()), np.float32), f"region-{pid[1]}"))
@@ -45,7 +43,7 @@ def c_index(risk: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 def job(data: str = "../shared/data/tcga_brca", strategy: str = "fedavg", rounds: int = 5) -> koinon.Job:
     adaptive, tables = {"beta1": 0.9, "tau": 1e-8}, patients(Path(data))
-    controller, lr, *terms = {  # what the server does, the step size at the sites, and what else acts on a step
+    strategies = {  # what the server does, the step size at the sites, and what else acts on a step
         "fedavg": (koinon.FedAvg(rounds), 0.1),
         "fedprox": (koinon.FedAvg(rounds), 0.1, koinon.proximal(0.1)),
         "fedadam": (koinon.FedAvg(rounds, optimizer=koinon.adam(0.1, beta2=0.999, **adaptive)), 0.01),
@@ -53,8 +51,10 @@ def job(data: str = "../shared/data/tcga_brca", strategy: str = "fedavg", rounds
         "fedadagrad": (koinon.FedAvg(rounds, optimizer=koinon.adagrad(1.0, **adaptive)), 0.01),
         "scaffold": (koinon.Scaffold(rounds), 0.01, koinon.control_variates()),
         "cyclic": (koinon.Cyclic(rounds, order="random"), 0.01),
-    }[strategy]
+    }
+    assert strategy in strategies, f"there is no strategy '{strategy}': {koinon.errors.nearest(strategy, strategies)}"
+    controller, lr, *terms = strategies[strategy]
     local = {"loss": cox, "metrics": {"c_index": c_index}, "lr": lr, "terms": terms, "steps": 100, "batch_size": 8}
-    train = koinon.torch.LocalSGD(model=lambda: nn.Linear(39, 1, bias=False), **local)
+    train = koinon.torch.LocalSGD(model=lambda: torch.nn.Linear(39, 1, bias=False), **local)
     regions = koinon.data.arrays(tables["train"], test=tables["test"]).split(koinon.by("region"), test="both")
     return koinon.Job(controller, train, data=regions, score="c_index")

@@ -10,6 +10,7 @@ from koinon.testing import check_aggregator
 
 RULES = [
     koinon.mean(),
+    koinon.mean(weighted=False),
     koinon.coordinate_median(),
     koinon.trimmed_mean(2),
     koinon.trimmed_mean(0.2),
@@ -56,6 +57,13 @@ def test_the_mean_is_weighted_by_samples():
     rule = koinon.mean()
     state = rule.add(rule.init(), {"w": np.array([1.0])}, 1)
     assert rule.finish(rule.add(state, {"w": np.array([5.0])}, 3))["w"] == [4.0]
+
+
+def test_the_mean_can_count_every_site_the_same():
+    """(1 + 5) / 2 = 3, whatever they weigh."""
+    rule = koinon.mean(weighted=False)
+    state = rule.add(rule.init(), {"w": np.array([1.0])}, 1)
+    assert rule.finish(rule.add(state, {"w": np.array([5.0])}, 3))["w"] == [3.0]
 
 
 @given(st.lists(st.tuples(st.floats(-1e3, 1e3), st.integers(1, 1000)), min_size=1, max_size=20))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -19,11 +20,13 @@ FIGURES = {
     "curves": plots.curves,
     "heat_map": plots.heat_map,
     "gains": plots.gains,
+    "cross_site": lambda run: plots.cross_site(replace(run, info={**run.info, "job": "CrossSite"})),
     "timeline": plots.timeline,
     "by_round": plots.against,
     "by_bytes": lambda run: plots.against(run, "bytes"),
     "by_seconds": lambda run: plots.against(run, "seconds"),
     "compare": lambda run: plots.compare([run, run]),
+    "compare_by_bytes": lambda run: plots.compare([run, run], "bytes"),
     "partition": lambda run: plots.partition(*(run.info["partition"][key] for key in ("table", "names", "labels"))),
 }
 
@@ -133,6 +136,23 @@ def test_costs_add_up_over_all_rounds_even_those_without_a_score(tmp_path: Path)
     axes = plots.against(Run(tmp_path, {}, rows), "bytes").axes[0]
     assert list(axes.lines[0].get_xdata()) == [4.0, 12.0]
     assert axes.get_xlabel() == "MB exchanged by all sites"
+
+
+def test_runs_are_compared_by_bytes_on_one_scale(tmp_path: Path):
+    """Each at what it has sent until then."""
+    runs = [federation(tmp_path, bytes_up=[size, size], accuracy=[0.1, 0.2]) for size in (3e3, 2e6)]
+    axes = plots.compare(runs, "bytes").axes[0]
+    assert [list(line.get_xdata()) for line in axes.lines] == [[0.003, 0.006], [2.0, 4.0]]
+    assert axes.get_xlabel() == "MB exchanged by all sites"
+
+
+def test_fairness_counts_each_site_the_same(tmp_path: Path):
+    """Of 0, 1 … 19: the mean, that of the worst two, the variance; of a loss the worst are the highest."""
+    for metric, worst in (("accuracy", 0.5), ("loss", 18.5)):
+        rows = [Row("r", round, f"s{n}", metric, float(n * round), 0.0) for round in (2, 1) for n in range(20)]
+        found = plots.fairness(Run(tmp_path, {}, [*rows, Row("r", 1, FEDERATION, metric, 1.0, 0.0)]))
+        assert found == pytest.approx({"mean": 19.0, "worst": 2 * worst, "variance": 4 * (20**2 - 1) / 12})
+    assert plots.fairness(synthetic(tmp_path, 1, 1)) == {}
 
 
 def test_against_knows_three_costs(tmp_path: Path):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from koinon.errors import MissingExtra
@@ -106,7 +108,7 @@ def test_the_table_gives_each_site_and_marks_the_worst(tmp_path: Path):
     """Samples, score, loss, and the gain where it was measured."""
     run = synthetic(tmp_path, 8, 4, alone=True)
     html = report.page(run)
-    (table,) = re.findall(r"<table>.*?</table>", html, re.DOTALL)
+    _, table = re.findall(r"<table>.*?</table>", html, re.DOTALL)
     assert re.findall(r"<th>(.*?)</th>", table) == [
         "site",
         "held-out samples",
@@ -120,6 +122,41 @@ def test_the_table_gives_each_site_and_marks_the_worst(tmp_path: Path):
     lowest = min(scores, key=scores.__getitem__)
     assert f"class=worst><td>{lowest} <small>(worst 10 %)</small></td>" in table
     assert f"The worst tenth: {lowest} ({scores[lowest]:.3f})." in html
+
+
+def test_the_page_says_how_evenly_sites_are_served(tmp_path: Path):
+    """By the common model and by their own, each site counting the same; a site's own model has a column."""
+    run = synthetic(tmp_path, 20, 2)
+    scores = [rounds[2] for rounds in run.by_site("accuracy").values()]
+    own = [row._replace(name="personal_accuracy", value=row.value / 2) for row in run.rows if row.name == "accuracy"]
+    html = report.page(replace(run, rows=[*run.rows, *own]))
+    fairness, table = re.findall(r"<table>.*?</table>", html, re.DOTALL)
+    for title, values in (("common model", np.array(scores)), ("own models", np.array(scores) / 2)):
+        cells = f"{values.mean():.3f}</td><td>{np.sort(values)[:2].mean():.3f}</td><td>{values.var():.2g}"
+        assert f"<td>{title}</td><td>{cells}</td>" in fairness
+    assert "<th>own model</th>" in table
+    assert "over the sites" not in report.page(synthetic(tmp_path, 1, 2))
+
+
+def crossed(run: Run, sites: int) -> Run:
+    """As if of `CrossSite`: in round i site i trains, in the last nobody does."""
+    rows = [row for row in run.rows if row.name != "train_samples" or row.site == f"site-{row.round}"]
+    return replace(run, info={**run.info, "job": "CrossSite", "rounds": 0}, rows=rows)
+
+
+@pytest.mark.parametrize("sites", [3, 20])
+def test_the_page_of_a_cross_site_evaluation(sites: int, tmp_path: Path):
+    """Its matrix as a picture, as a file and, where it can be read, as a table; nothing about how rounds went."""
+    run = crossed(synthetic(tmp_path, sites, sites + 1), sites)
+    page = report.write(run).read_text()
+    lines = list(csv.reader((tmp_path / "cross-site.csv").open()))
+    assert lines[0] == ["model", *(f"site-{n}" for n in range(1, sites + 1))]
+    assert [line[0] for line in lines[1:]] == [*lines[0][1:], "the common model"]
+    assert float(lines[2][3]) == run.by_site("accuracy")["site-3"][2]
+    assert Reading(page).open == []
+    assert "How the model became better" not in page and " of 0" not in page
+    assert page.count("<table>") == (sites == 3)
+    assert sites != 3 or f"<td>{float(lines[2][3]):.3f}</td>" in page
 
 
 def test_a_gain_that_was_not_measured_is_not_shown(tmp_path: Path):

@@ -13,16 +13,22 @@ PIECE = 1 << 16
 """Entries taken at a time: a piece of the sum and of the product stay in the cache."""
 
 
-def mean() -> Aggregator:
+def mean(*, weighted: bool = True) -> Aggregator:
     """update = sum_i w_i u_i / sum_i w_i, with w_i the site's weight, by default its number of samples.
 
     Half precision is summed in single precision; every other type in its own.
+
+    Args:
+        weighted: False counts every site the same, as the paper of a sampler that draws by size asks for.  It needs to
+            see each site's own update.
 
     >>> rule = mean()
     >>> state = rule.add(rule.init(), {"w": np.array([1.0])}, 1.0)
     >>> rule.finish(rule.add(state, {"w": np.array([4.0])}, 2.0))
     {'w': array([3.])}
     """
+    if not weighted:
+        return Aggregator("mean(weighted=False)", init, _add_one, merge, finish, weighted=False)
     return Aggregator("mean", init, add, merge, finish, needs="sum", weighted=True)
 
 
@@ -43,6 +49,10 @@ def add(state: State, update: Arrays, weight: float) -> State:
             piece += np.multiply(entries[start : start + PIECE], weight, dtype=piece.dtype)
     state["weight"] += weight
     return state
+
+
+def _add_one(state: State, update: Arrays, weight: float) -> State:
+    return add(state, update, 1.0)
 
 
 def merge(left: State, right: State) -> State:

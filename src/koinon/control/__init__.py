@@ -1,6 +1,7 @@
 """IN WHICH ORDER: one file a workflow, what a controller sees, and which sites take part."""
 
 from koinon.control.asynchronous import FedBuff
+from koinon.control.conduct import about, conduct, opened
 from koinon.control.cyclic import Cyclic
 from koinon.control.fairness import QFedAvg
 from koinon.control.fedavg import FedAvg
@@ -24,9 +25,12 @@ __all__ = [
     "Sites",
     "Store",
     "Transport",
+    "about",
     "by_size",
     "by_speed",
+    "conduct",
     "everyone",
     "fraction",
+    "opened",
     "power_of_choice",
 ]

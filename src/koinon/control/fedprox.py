@@ -56,7 +56,11 @@ class FedProx:
             task = fed.broadcast("train", at.model, to=self.sampler, values={"mu": at.mu})
             update = fed.fold(self.aggregator, task)
             fed.log(mu=at.mu)
-            loss = fed.numbers["train_loss"]
+            if (loss := fed.numbers.get("train_loss", math.nan)) != loss:
+                fed.abort(
+                    "FedProx follows the metric 'loss' of the training, and no site said one; report it, or use "
+                    "FedAvg with sites that train with proximal(mu)"
+                )
             at.calm = at.calm + 1 if loss < at.loss else 0
             if loss > at.loss:
                 at.mu += self.step

@@ -87,7 +87,8 @@ def by_size(share: float, *, at_least: int = 1) -> Sampler:
     """A random share of the sites, without replacement, each draw with probability proportional to samples.
 
     Sites whose samples are not known yet count as the mean of the others.  Of more than 10,000 sites (or twenty times
-    as many as are drawn), so many are looked at.  `koinon.mean()` weighs by samples once more.
+    as many as are drawn), so many are looked at.  `koinon.mean()` weighs by samples once more;
+    `koinon.mean(weighted=False)` does not.
 
     Raises:
         SettingsError: share outside (0, 1], or at_least < 1.

@@ -5,21 +5,36 @@ from __future__ import annotations
 import json
 import sys
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from koinon import tracking
 from koinon.data import Source, Split, iid
 from koinon.errors import KoinonError, MissingExtra, QuorumNotReached, RunError, SettingsError
+from koinon.operate import afar, federate, session
 from koinon.operate import doctor as health
-from koinon.operate import session
 from koinon.operate import sweep as sweeping
-from koinon.tracking import Run, live, plots
+from koinon.operate.words import (
+    Alone,
+    AsJson,
+    Fast,
+    JobFile,
+    On,
+    Out,
+    Rounds,
+    Seed,
+    Settings,
+    SiteCount,
+    finish,
+    listed,
+    pairs,
+    show,
+    words,
+)
+from koinon.tracking import live, plots
 from koinon.tracking.live import size
 
 app = typer.Typer(
@@ -31,18 +46,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Look at data before training on them.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
-
-JobFile = Annotated[Path, typer.Argument(metavar="JOB.py", help="a file with `job = koinon.Job(…)` or `def job(…)`")]
-Settings = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a setting of the job; repeatable")
-]
-Rounds = Annotated[int | None, typer.Option(min=1, help="instead of the job's own")]
-Seed = Annotated[int, typer.Option(help="of every random stream")]
-Out = Annotated[Path | None, typer.Option(help="the run folder to make; by default the next free one in runs/")]
-Fast = Annotated[bool, typer.Option("--fast", help="one round of a few batches, to see that everything fits")]
-Alone = Annotated[bool, typer.Option("--alone", help="also train every site alone: who gains by joining?")]
-AsJson = Annotated[bool, typer.Option("--json", help="for machines")]
-On = Annotated[str, typer.Option(help="where: a number of processes, ray, or ray://HOST:PORT; by default as needed")]
+app.add_typer(federate.app)
 
 
 @app.command()
@@ -50,7 +54,7 @@ def demo(out: Out = None, seed: Seed = 0) -> None:
     """Eight sites that hold different digits learn to read them together."""
     order = session.Order(file=str(session.demo_file()), settings={}, seed=seed, alone=True)
     try:
-        _finish(lambda: session.run(order, out, [live()]))
+        finish(lambda: session.run(order, out, [live()]))
     except MissingExtra as missing:
         raise MissingExtra("the demo needs a few libraries more: pip install 'koinon[demo]'") from missing
 
@@ -65,12 +69,32 @@ def run(
     fast: Fast = False,
     alone: Alone = False,
     on: On = "",
+    sites: SiteCount = None,
     out: Out = None,
 ) -> None:
-    """Run a job over virtual sites, on this machine or a cluster."""
+    """Run a job: over virtual sites, on this machine or a cluster; or in a federation."""
     shape: dict[str, Any] = {"rounds": rounds, "fast": fast, "alone": alone, "on": on}
-    order = session.Order(file=str(job), settings=_pairs(settings), seed=seed, **shape)
-    _finish(lambda: session.run(order, out, [live()]))
+    order = session.Order(file=str(job), settings=pairs(settings), seed=seed, **shape)
+    finish(lambda: afar.anywhere(order, out, [live()], sites=sites))
+
+
+@app.command()
+def poc(
+    what: Annotated[str, typer.Argument(metavar="JOB.py|start|status|stop")],
+    *,
+    sites: SiteCount = None,
+    settings: Settings = None,
+    rounds: Rounds = None,
+    seed: Seed = 0,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """A whole federation on this machine, with kits, TLS and processes: run a job in it, or start and stop it."""
+    if what in ("start", "status", "stop"):
+        federate.poc(what, sites or 4, as_json)
+        return
+    order = session.Order(file=what, settings=pairs(settings), seed=seed, rounds=rounds, on="poc")
+    finish(lambda: afar.run(order, out, [live()], sites=sites))
 
 
 @app.command()
@@ -79,7 +103,7 @@ def resume(
     rounds: Rounds = None,
 ) -> None:
     """Go on with a stopped run after its last commit, to the same bits."""
-    _finish(lambda: session.resume(run, rounds, [live()]))
+    finish(lambda: session.resume(run, rounds, [live()]))
 
 
 @app.command()
@@ -91,7 +115,7 @@ def runs(
     rows = [session.summary(tracking.read(path)) for path in tracking.folders(root)]
     if not rows and not as_json:
         raise RunError(f"there are no runs in '{root}': make one with `koinon demo`")
-    _show(rows, as_json)
+    show(rows, as_json)
 
 
 @app.command()
@@ -102,7 +126,7 @@ def compare(
 ) -> None:
     """Put runs side by side: one table, one plot."""
     read = [tracking.read(path) for path in runs]
-    _show([session.summary(one) for one in read], as_json)
+    show([session.summary(one) for one in read], as_json)
     path = plots.save(plots.compare(read), out)
     if not as_json:
         typer.echo(path)
@@ -126,14 +150,14 @@ def sweep(
     """Run every combination of settings over several seeds: one table, one plot. The same command again goes on."""
     console, folder = Console(stderr=as_json), out or Path("runs") / f"{job.stem}-sweep"
     try:
-        chosen = sweeping.plan(str(job), grid or [], settings=_pairs(settings), seeds=seeds, fast=fast)
+        chosen = sweeping.plan(str(job), grid or [], settings=pairs(settings), seeds=seeds, fast=fast)
         failed = sweeping.run(chosen, folder, jobs=jobs or health.machine()["cores"], console=console)
     except KeyboardInterrupt:
         typer.echo("stopped: the same command goes on from here", err=True)
         raise typer.Exit(130) from None
     rows = sweeping.rows(chosen, folder)
     sweeping.write(rows, folder)
-    _show(rows if as_json else [_compact(row) for row in rows], as_json)
+    show(rows if as_json else [_compact(row) for row in rows], as_json)
     try:
         picture = sweeping.draw(chosen, folder)
     except MissingExtra as missing:
@@ -147,7 +171,7 @@ def sweep(
 
 
 @data_app.command("show")
-def show(
+def show_data(
     job: Annotated[Path | None, typer.Argument(metavar="[JOB.py]", help="by default the demo's")] = None,
     *,
     settings: Settings = None,
@@ -156,7 +180,7 @@ def show(
 ) -> None:
     """Draw who holds what: sites x classes."""
     file = job or session.demo_file()
-    split = _split(session.Order(file=str(file), settings=_pairs(settings)).job().data)
+    split = _split(session.Order(file=str(file), settings=pairs(settings)).job().data)
     labels, table = [str(label) for label in split.labels], split.table()
     if as_json:
         typer.echo(json.dumps({**split.describe(), "labels": labels, "table": table.tolist()}))
@@ -170,7 +194,7 @@ def show(
         }
         for site in range(shown)
     ]
-    _show(rows, as_json)
+    show(rows, as_json)
     if shown < split.sites:
         typer.echo(f"… and {split.sites - shown} more sites")
     shown = min(split.sites, 200)
@@ -186,7 +210,7 @@ def doctor(
     """Check this machine, and what a job would do on it: shapes, buffers, filters, what leaves a site."""
     found: dict[str, Any] = {"machine": health.machine()}
     if job is not None:
-        found["job"] = health.job(session.Order(file=str(job), settings=_pairs(settings)).job())
+        found["job"] = health.job(session.Order(file=str(job), settings=pairs(settings)).job())
     if as_json:
         typer.echo(json.dumps(found))
         return
@@ -194,9 +218,9 @@ def doctor(
         typer.echo(title)
         for key, value in part.items():
             if key == "arrays":
-                _show(value, False)
+                show(value, False)
             else:
-                _list(key, value)
+                listed(key, value)
 
 
 def main() -> None:
@@ -218,53 +242,16 @@ def _stop(message: str, debug: bool) -> None:
     sys.exit(1)
 
 
-def _finish(work: Callable[[], Run]) -> None:
-    """Every run ends with the place where one can look at it."""
-    try:
-        run = work()
-    except KeyboardInterrupt:
-        typer.echo("stopped: `koinon resume` goes on from the last commit", err=True)
-        raise typer.Exit(130) from None
-    page = run.path / "report.html"
-    typer.echo(page if page.exists() else run.path)
-
-
-def _pairs(settings: list[str] | None) -> dict[str, str]:
-    """key=value … as a dict."""
-    pairs = {}
-    for entry in settings or []:
-        key, equals, value = entry.partition("=")
-        if not equals:
-            raise SettingsError(f"--set {entry}: write --set {entry}=VALUE")
-        pairs[key.strip()] = value
-    return pairs
-
-
 def _split(data: Any) -> Split:
     if data is None:
         raise SettingsError("this job brings no data: give data= to its Job")
     return data.split(iid()) if isinstance(data, Source) else data
 
 
-def _show(rows: list[dict[str, Any]], as_json: bool) -> None:
-    """Rows of the same keys as a table, or as JSON."""
-    if as_json:
-        typer.echo(json.dumps(rows))
-        return
-    table = Table(box=None, pad_edge=False)
-    for key, value in rows[0].items():
-        table.add_column(key.replace("_", " "), justify="left" if isinstance(value, str) else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*(_words(value) for value in row.values()))
-    # Where nobody watches, a table is as wide as it needs to be.
-    console = Console() if sys.stdout.isatty() else Console(width=400)
-    console.print(table)
-
-
 def _compact(row: dict[str, Any]) -> dict[str, Any]:
     """A combination's row as one reads it: mean ± standard deviation."""
     spread = {
-        name: _words(row[name]) + (f" ± {row[f'{name}_sd']:.2g}" if row[f"{name}_sd"] is not None else "")
+        name: words(row[name]) + (f" ± {row[f'{name}_sd']:.2g}" if row[f"{name}_sd"] is not None else "")
         for name in ("last", "best")
     }
     sent = size(row["bytes_up"]) if row["bytes_up"] is not None else None
@@ -276,27 +263,6 @@ def _compact(row: dict[str, Any]) -> dict[str, Any]:
         "rounds": row["rounds"],
         "up": sent,
     }
-
-
-def _list(key: str, value: Any, depth: int = 1) -> None:
-    """One setting a line, with what belongs to it indented beneath."""
-    entries = value if isinstance(value, dict) else {}
-    if isinstance(value, list) and any(isinstance(entry, dict) for entry in value):
-        entries = {str(entry.get("type", number)): entry for number, entry in enumerate(value, 1)}
-    label = f"{'  ' * depth}{key.replace('_', ' ')}"
-    typer.echo(label if entries else f"{label:24} {_words(value)}")
-    for name, entry in entries.items():
-        _list(name, entry, depth + 1)
-
-
-def _words(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_words(entry)}" for key, entry in value.items())
-    if isinstance(value, list):
-        return " ".join(_words(entry) for entry in value) if value else "none"
-    return "–" if value is None else str(value)
 
 
 if __name__ == "__main__":

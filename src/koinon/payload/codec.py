@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, TypeAlias, get_args
 
 import numpy as np
@@ -20,6 +21,9 @@ from koinon.errors import PayloadError
 from koinon.payload.payload import Arrays, Kind, Payload, Plain
 
 MARK = "$array"
+WIRE = frozenset({"BOOL", "F64", "F32", "F16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8"})
+"""The types of arrays that a file may hold, as safetensors calls them."""
+
 MAX_BYTES = 16 << 30
 """What `decode` takes before it refuses, unless told otherwise."""
 
@@ -41,7 +45,11 @@ def decode(data: bytes, limit: int = MAX_BYTES) -> Payload:
     """
     if len(data) > limit:
         raise PayloadError(f"a payload of {len(data):,} bytes is over the limit of {limit:,}")
-    tree = unpack(data)
+    return _payload(unpack(data))
+
+
+def _payload(tree: Any) -> Payload:
+    """What was decoded, if it is a payload."""
     if not isinstance(tree, dict) or set(tree) != {"kind", "arrays", "values"}:
         raise PayloadError("these bytes hold no payload: kind, arrays and values are expected")
     if not isinstance(tree["arrays"], dict) or not isinstance(tree["values"], dict):
@@ -51,6 +59,44 @@ def decode(data: bytes, limit: int = MAX_BYTES) -> Payload:
     if tree["kind"] not in get_args(Kind):
         raise PayloadError(f"a payload has no kind {tree['kind']!r}: known are {', '.join(get_args(Kind))}")
     return Payload(tree["kind"], tree["arrays"], tree["values"])
+
+
+def save(payload: Payload, path: Path) -> None:
+    """The bytes of a payload in a file, without a second copy of its arrays in memory.
+
+    Raises:
+        PayloadError: as `encode`.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    skeleton = _flatten(vars(payload), "", arrays)
+    header: dict[str, Any] = {"__metadata__": {"koinon": json.dumps(skeleton)}}
+    end = 0
+    for name, array in arrays.items():
+        kind = "BOOL" if array.dtype == bool else f"{array.dtype.kind.upper()}{array.dtype.itemsize * 8}"
+        if kind not in WIRE or not array.dtype.isnative:
+            raise PayloadError(f"'{name}' is of type {array.dtype}, which has no wire form")
+        header[name] = {"dtype": kind, "shape": array.shape, "data_offsets": (end, end + array.nbytes)}
+        end += array.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for array in arrays.values():
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+
+
+def load(path: Path, limit: int = MAX_BYTES) -> Payload:
+    """The payload in a file, as `decode` has it from bytes."""
+    if (length := path.stat().st_size) > limit:
+        raise PayloadError(f"a payload of {length:,} bytes is over the limit of {limit:,}")
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            skeleton = (file.metadata() or {}).get("koinon")
+            if skeleton is None:
+                raise PayloadError("these bytes are a safetensors file that Koinon did not write")
+            return _payload(_restored(skeleton, {name: file.get_tensor(name) for name in file.keys()}))  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError) as cause:
+        raise PayloadError(f"these bytes are no safetensors file: {cause}") from cause
 
 
 def size(payload: Payload) -> int:
@@ -91,11 +137,21 @@ def unpack(data: bytes) -> Any:
         metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
         if "koinon" not in metadata:
             raise PayloadError("these bytes are a safetensors file that Koinon did not write")
-        return _restore(json.loads(metadata["koinon"]), arrays)
+    except (safetensors.SafetensorError, ValueError, TypeError, KeyError) as cause:
+        raise PayloadError(f"these bytes are no safetensors file: {cause}") from cause
+    except RecursionError as cause:
+        raise PayloadError("these bytes hold values nested without end") from cause
+    return _restored(metadata["koinon"], arrays)
+
+
+def _restored(skeleton: str, arrays: Mapping[str, np.ndarray]) -> Any:
+    """A tree from its skeleton as JSON, and its arrays."""
+    try:
+        return _restore(json.loads(skeleton), arrays)
     except KeyError as cause:
         raise PayloadError(f"the array {cause} is announced but missing") from cause
-    except (safetensors.SafetensorError, ValueError, TypeError) as cause:
-        raise PayloadError(f"these bytes are no safetensors file: {cause}") from cause
+    except (ValueError, TypeError) as cause:
+        raise PayloadError(f"these bytes hold no tree: {cause}") from cause
     except RecursionError as cause:
         raise PayloadError("these bytes hold values nested without end") from cause
 
@@ -137,7 +193,7 @@ def _flatten(tree: Any, path: str, arrays: dict[str, np.ndarray]) -> Plain:
     raise PayloadError(f"'{path}' is a {type(tree).__name__}; only arrays and plain values may cross")
 
 
-def _restore(skeleton: Any, arrays: dict[str, np.ndarray]) -> Any:
+def _restore(skeleton: Any, arrays: Mapping[str, np.ndarray]) -> Any:
     if isinstance(skeleton, dict):
         if set(skeleton) == {MARK}:
             return arrays[skeleton[MARK]]

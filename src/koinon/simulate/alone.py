@@ -12,7 +12,7 @@ from koinon import tracking
 from koinon.control import Federation, Sites
 from koinon.data import Source, Split
 from koinon.errors import KoinonError
-from koinon.simulate.simulate import about, dealt
+from koinon.simulate.simulate import dealt, record
 from koinon.site import Agent, StateTable, inline, settled
 from koinon.task import Job
 from koinon.tracking import Commit, Folder, Run, Sink, Tracker
@@ -33,7 +33,7 @@ def alone(run: Run, job: Job, data: Split | Source | None = None, *, sinks: Sequ
     """
     split = dealt(job.data if data is None else data, run.info["sites"])
     seed, rounds = run.info["seed"], run.info["rounds"]
-    info, workers = about(job, split, seed, run.info["settings"].get("weather")), inline(job, threads=1)
+    info, workers = record(job, split, seed, run.info["settings"].get("weather")), inline(job, threads=1)
     job = settled(job, workers, None, before=run.info["forms"])
     agent = Agent(job, split.site, workers, seed)
     folder = Folder.reopen(run.path, info)

@@ -80,6 +80,8 @@ class Here:
             when the run turns out to take longer than some seconds.
         weather: what becomes of the sites meanwhile; by default all are fast and none drops out.
         wait: until the workers are ready, for some seconds; otherwise the run begins without them, to the same bits.
+        reproducible: to the same bits as a real federation of the same sites: each is trained for itself, in the loop
+            form, with one thread, and their answers are folded in their order.  Slower where sites are many.
 
     Raises:
         SettingsError: workers < 1.
@@ -88,6 +90,7 @@ class Here:
     workers: int | None = None
     weather: Weather | None = None
     wait: bool = False
+    reproducible: bool = False
 
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 1:

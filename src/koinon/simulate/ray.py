@@ -47,6 +47,7 @@ class Cluster:
     cpus: float = 1.0
     gpus: float = 0.0
     weather: Weather | None = None
+    reproducible: bool = False
 
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 1:
@@ -75,6 +76,7 @@ def ray(
     cpus: float = 1.0,
     gpus: float = 0.0,
     weather: Weather | None = None,
+    reproducible: bool = False,
 ) -> Cluster:
     """A Ray cluster for `simulate(…, on=…)`.  Its nodes need the same Python, Koinon and framework.
 
@@ -88,11 +90,12 @@ def ray(
         cpus: of each actor.
         gpus: of each actor; a share such as 0.25 lets four of them use one.
         weather: what becomes of the sites meanwhile.
+        reproducible: to the same bits as a real federation; see `koinon.Here`.
 
     Raises:
         SettingsError: workers < 1, or CPUs or GPUs that no actor can have.
     """
-    return Cluster(address, workers, cpus, gpus, weather)
+    return Cluster(address, workers, cpus, gpus, weather, reproducible)
 
 
 @dataclass

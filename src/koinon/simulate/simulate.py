@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
-from datetime import UTC, datetime
-from importlib import metadata
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
 from koinon import tracking
-from koinon.control import Federation, Sites
+from koinon.control import Federation, Sites, about, conduct, opened
 from koinon.data import Source, Split, iid
-from koinon.errors import DataError, RunError, SettingsError, in_a_line
-from koinon.payload import Plain, tree
+from koinon.errors import DataError, SettingsError
+from koinon.payload import Plain
 from koinon.simulate.crew import Crew
 from koinon.simulate.processes import Here, keep_memory
 from koinon.simulate.weather import Weather
-from koinon.site import Agent, StateTable, forms, inline, settled
-from koinon.task import Job, JobState, describe, move
-from koinon.tracking import FEDERATION, SERVER, Folder, Run, Sink, Tracker
+from koinon.site import Agent, StateTable, forms, in_loops, inline, settled
+from koinon.task import Job, describe
+from koinon.tracking import FEDERATION, SERVER, Folder, Run, Sink
 from koinon.transport import Local
 
 
@@ -30,6 +27,10 @@ class Place(Protocol):
     @property
     def weather(self) -> Weather | None:
         """What becomes of them meanwhile."""
+
+    @property
+    def reproducible(self) -> bool:
+        """Whether the bits shall be those of a real federation."""
 
     def crew(self, job: Job, split: Split, seed: int) -> Crew | None:
         """Who works, besides the caller's own thread."""
@@ -81,8 +82,9 @@ def simulate(
     split = dealt(job.data if data is None else data, sites)
     job.fits(split.names)
     path = Path(out) if out else tracking.next_free(Path("runs"), type(job.controller).__name__.lower())
+    job = in_loops(job) if place.reproducible else job
     model = job.first_model(seed)  # before anything is written: a job that cannot start leaves no folder
-    info, parties, workers = about(job, split, seed, place.weather), _sites(split), inline(job, threads=1)
+    info, parties, workers = record(job, split, seed, place.weather), _sites(split), inline(job, threads=1)
     first, before = split.site(split.names[0]).train, tracking.read(path) if resume else None
     job = settled(job, workers, first, before=before.info["forms"] if before else None)
     agent = Agent(job, split.site, workers, seed)
@@ -91,12 +93,8 @@ def simulate(
         if crew := place.crew(job, split, seed):  # before anything is written, as all that may be refused
             ended.callback(crew.close)
         folder = Folder.reopen(path, info) if resume else Folder.create(path, info)
-        last = folder.last() if resume else None
-        if last and (wrong := tree.mismatch(model, last.state["model"])):
-            folder.set_state("failed", "it was resumed with another model")
-            raise RunError(f"'{path}' was begun with another model: the job has now {wrong}")
-        after, time = (last.round, last.time) if last else (0, 0.0)
-        tracker = Tracker(folder, *([tracking.live()] if sinks is None else sinks), after=time)
+        last, tracker = opened(folder, model, [tracking.live()] if sinks is None else sinks)
+        after = last.round if last else 0
         clock = [row.value for row in before.series("simulated_seconds") if row.round <= after] if before else []
         states = StateTable(path / "states", lambda site: _number(split, site), after)
         ended.callback(states.close)
@@ -106,22 +104,11 @@ def simulate(
             states=states,
             crew=crew.hired if crew else None,
             weather=place.weather,
+            singly=place.reproducible,
             clock=max(clock, default=0.0),
         )
         federation = Federation(job, parties, transport=transport, store=folder, tracker=tracker, seed=seed, last=last)
-        said = {"run": str(path), "rounds": info["rounds"], "sites": split.sites, "resumed": after}
-        tracker.emit("start", after, values=said)
-        state: JobState = move("submitted", "running")
-        end, reason = move(state, "stopped"), "interrupted"
-        try:
-            job.controller.run(federation, model)
-            end, reason = move(state, "finished"), ""
-        except Exception as error:
-            end, reason = move(state, "failed"), in_a_line(error)
-            raise
-        finally:
-            folder.set_state(end, reason)
-            tracker.emit("end", values={"state": end, "reason": reason})
+        conduct(federation, model, folder, tracker, after)
     return tracking.read(path)
 
 
@@ -158,29 +145,11 @@ def _sites(split: Split) -> Sites:
     return Sites(split.names, [*split.evaluators, *([SERVER] if split.server is not None else [])], split.samples)
 
 
-def about(job: Job, split: Split, seed: int, weather: Any = None) -> dict[str, Plain]:
+def record(job: Job, split: Split, seed: int, weather: Any = None) -> dict[str, Plain]:
     """What run.json says from the start."""
     partition = {**split.describe()}
     if split.sites <= PICTURED:
         partition |= {"names": list(split.names), "labels": [str(label) for label in split.labels]}
         partition["table"] = split.table().tolist()
-    return {
-        "job": type(job.controller).__name__,
-        "seed": seed,
-        "rounds": getattr(job.controller, "rounds", 0),
-        "sites": split.sites,
-        "score": job.score,
-        "began": datetime.now(UTC).isoformat(timespec="seconds"),
-        "settings": job.describe() | ({"weather": describe(weather)} if weather else {}),
-        "partition": partition,
-        "versions": _versions(),
-    }
-
-
-def _versions() -> dict[str, str]:
-    """Of Python, Koinon and the libraries that can change a result."""
-    versions = {"python": platform.python_version(), "machine": platform.platform()}
-    for name in ("koinon", "numpy", "torch", "tensorflow", "jax", "jaxlib"):
-        with suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    return versions
+    more = {"weather": describe(weather)} if weather else None
+    return about(job, seed, sites=split.sites, partition=partition, more=more)

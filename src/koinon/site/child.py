@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
+import queue
 import resource
 import signal
 import socket
@@ -22,8 +24,11 @@ from typing import Any
 
 from koinon.site import landlock
 
-KEEPS = ("PATH", "HOME", "LANG", "LC_ALL", "TZ", "TMPDIR", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES")
-"""What a job sees of the environment; and whatever begins with KOINON_, and its number of threads."""
+KEEPS = (
+    *("PATH", "HOME", "LANG", "LC_ALL", "TZ", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES"),
+    *("KOINON_CACHE", "XDG_CACHE_HOME"),
+)
+"""What a job sees of the environment, besides its number of threads and a folder for what is temporary."""
 
 THREADS = (
     *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"),
@@ -33,6 +38,18 @@ THREADS = (
 
 LINE = 1 << 20
 """Bytes of a message, at most."""
+
+GRACE = 5.0
+"""Seconds in which a child that has hung up ends by itself."""
+
+ENDS = {
+    signal.SIGKILL: "was killed: is memory short?",
+    signal.SIGXCPU: "has used up the processor time that it may take (cpu_hours)",
+    signal.SIGXFSZ: "wrote a larger file than it may (file_gb)",
+}
+"""What an exit by a signal means."""
+
+_log = logging.getLogger("koinon.site")
 
 
 @dataclass(frozen=True)
@@ -51,14 +68,14 @@ class Limits:
     file_gb: float | None = None
     threads: int | None = None
 
-    def lines(self) -> list[tuple[int, int]]:
-        """The limits as the system takes them."""
+    def lines(self) -> list[tuple[int, int, int]]:
+        """The limits as the system takes them: which, where it says so, where it does no more."""
         wanted = [
-            (resource.RLIMIT_AS, self.memory_gb, 1 << 30),
-            (resource.RLIMIT_CPU, self.cpu_hours, 3600),
-            (resource.RLIMIT_FSIZE, self.file_gb, 1 << 30),
+            (resource.RLIMIT_AS, self.memory_gb, 1 << 30, 0),
+            (resource.RLIMIT_CPU, self.cpu_hours, 3600, 10),  # the signal before SIGKILL says why
+            (resource.RLIMIT_FSIZE, self.file_gb, 1 << 30, 0),
         ]
-        return [(which, int(value * unit)) for which, value, unit in wanted if value is not None]
+        return [(which, most := int(value * unit), most + more) for which, value, unit, more in wanted if value]
 
 
 @dataclass
@@ -82,10 +99,11 @@ class Child:
 
     def __post_init__(self) -> None:
         ours, theirs = socket.socketpair()
-        rules = {"hidden": [str(path) for path in self.hidden], "limits": self.limits.lines()}
+        rules = json.dumps({"hidden": [str(path.resolve()) for path in self.hidden], "limits": self.limits.lines()})
+        first = [sys.executable, "-I", "-S", landlock.__file__, rules]
         with theirs, (self.folder / "log.txt").open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", self.module, str(theirs.fileno()), json.dumps(rules)],
+                [*first, sys.executable, "-m", self.module, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 env=environment(self.limits.threads) | {"TMPDIR": str(self._made("tmp"))},
                 cwd=self.folder,
@@ -94,64 +112,97 @@ class Child:
                 stderr=log,
                 start_new_session=True,  # it and what it starts are ended together
             )
-        self.pid = self._process.pid
-        self._line, self._lock = ours, threading.Lock()
-        threading.Thread(target=self._listen, daemon=True, name=f"child {self.pid}").start()
+        self.pid, self._line = self._process.pid, ours
+        self._said: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        for work in self._listen, self._speak:
+            threading.Thread(target=work, daemon=True, name=f"child {self.pid}").start()
 
     def say(self, **message: Any) -> None:
-        """Send a message; if the child is gone, `hear` says so."""
-        with self._lock, contextlib.suppress(OSError):
-            self._line.sendall(json.dumps(message).encode() + b"\n")
+        """Send a message, without waiting until it is heard; if the child is gone, `hear` says so."""
+        self._said.put(json.dumps(message).encode() + b"\n")
 
     def end(self) -> None:
         """End it, and whatever it has started, at once."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, signal.SIGKILL)
+        if self.code is None:  # afterwards its number may be somebody else's
+            self._kill()
 
     def wait(self, timeout: float | None = None) -> int:
         """Until it has ended; its exit status."""
         return self._process.wait(timeout)
 
+    @property
+    def reason(self) -> str:
+        """How it has ended, in words."""
+        if self.code is None:
+            return "is still running"
+        with contextlib.suppress(ValueError):
+            ended = signal.Signals(-self.code)
+            return ENDS.get(ended, f"was ended by the signal {ended.name}")
+        return f"ended with exit status {self.code}"
+
+    def _kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+
     def _made(self, name: str) -> Path:
         (folder := self.folder.resolve() / name).mkdir(exist_ok=True)
         return folder
 
+    def _speak(self) -> None:
+        with contextlib.suppress(OSError):
+            while (text := self._said.get()) is not None:
+                self._line.sendall(text)
+
     def _listen(self) -> None:
-        for message in messages(self._line):
-            self.hear(message)
-        self.end()  # it has hung up, or says what nobody understands
-        self.code = self._process.wait()
+        try:
+            for message in messages(self._line):
+                self.hear(message)
+        except Exception:  # what a job says must not end whoever listens to all jobs
+            _log.exception("child %d said what is not understood: it is ended", self.pid)
+            self._kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(GRACE)
+        self._kill()  # what it has started, or itself if it has hung up and stays
+        code = self._process.wait()
+        self._said.put(None)
         self._line.close()
+        self.code = code
         self.hear(None)
 
 
-@dataclass(frozen=True)
 class Parent:
-    """Whoever started this process."""
+    """Whoever started this process; if that ends, so does this, and whatever it has started."""
 
-    line: socket.socket
+    def __init__(self, line: socket.socket) -> None:
+        self._line = line
+        self._heard: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        threading.Thread(target=self._listen, daemon=True, name="parent").start()
 
     def say(self, **message: Any) -> None:
         """Send a message."""
-        self.line.sendall(json.dumps(message).encode() + b"\n")
+        self._line.sendall(json.dumps(message).encode() + b"\n")
 
     def hear(self) -> Iterator[dict[str, Any]]:
-        """What it says, until it is gone."""
-        return messages(self.line)
+        """What it says, as long as both live."""
+        while True:
+            yield self._heard.get()
+
+    def _listen(self) -> None:
+        for message in messages(self._line):
+            self._heard.put(message)
+        os.killpg(os.getpid(), signal.SIGKILL)  # the group that it leads
 
 
 def parent() -> Parent:
-    """In a child: take on the rules that it was started with, and the line to its parent."""
-    rules = json.loads(sys.argv[2])
-    for which, most in rules["limits"]:
-        resource.setrlimit(which, (most, most))
-    landlock.hide([Path(path) for path in rules["hidden"]])
-    return Parent(socket.socket(fileno=int(sys.argv[1])))
+    """In a child: the line to its parent."""
+    line = socket.socket(fileno=int(sys.argv[1]))
+    line.set_inheritable(False)
+    return Parent(line)
 
 
 def messages(line: socket.socket) -> Iterator[dict[str, Any]]:
     """The messages of a line, until it is closed or says something else."""
-    with contextlib.suppress(OSError, ValueError), line.makefile("rb") as lines:
+    with contextlib.suppress(OSError, ValueError, RecursionError), line.makefile("rb") as lines:
         while text := lines.readline(LINE):
             message = json.loads(text)
             if not isinstance(message, dict):
@@ -162,7 +213,7 @@ def messages(line: socket.socket) -> Iterator[dict[str, Any]]:
 def environment(threads: int | None, given: Mapping[str, str] | None = None) -> dict[str, str]:
     """A job's environment: no secrets of whoever started the server or the site."""
     given = os.environ if given is None else given
-    kept = {name: value for name, value in given.items() if name in KEEPS or name.startswith("KOINON_")}
+    kept = {name: value for name, value in given.items() if name in KEEPS}
     if threads is not None:
         kept |= threading_of(threads)
     return kept | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONUNBUFFERED": "1"}

@@ -13,7 +13,7 @@ import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -22,6 +22,33 @@ from koinon.task import Job
 
 PREFIX = "koinon_job_"
 """Of a job file's name as a module: what it defines travels by value, as nobody else could import it."""
+
+
+class Ordered(Protocol):
+    """How a job is wanted, besides its file."""
+
+    @property
+    def settings(self) -> Mapping[str, str]:
+        """Name -> text."""
+
+    @property
+    def seed(self) -> int:
+        """Of the run."""
+
+    @property
+    def rounds(self) -> int | None:
+        """Instead of the job's own."""
+
+    @property
+    def fast(self) -> bool:
+        """One round of a few batches."""
+
+
+def ordered(order: Ordered, path: Path, home: Path | None = None) -> Job:
+    """The job in a file, as it is wanted; see `load`."""
+    job = load(path, order.settings, seed=order.seed, home=home)
+    job = job.with_rounds(order.rounds) if order.rounds else job
+    return job.fast() if order.fast else job
 
 
 def load(path: Path, settings: Mapping[str, str], *, seed: int | None = None, home: Path | None = None) -> Job:

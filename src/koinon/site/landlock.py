@@ -1,13 +1,18 @@
 """A process gives up the right to read some files, for good (Landlock, Linux 5.13 and newer).
 
 The kernel only knows what is allowed: everything beside the path to a hidden file is.  So nothing new can be made
-right in the folders on that path.
+right in the folders on that path.  Nor can such a process look into one that has not given up as much.
+
+It holds for the thread that asks and for what that starts.  Libraries start threads when they are imported: therefore
+this file is also a program, which takes on rules and then becomes another.
 """
 
 from __future__ import annotations
 
 import ctypes
+import json
 import os
+import resource
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -58,7 +63,11 @@ def beside(files: Sequence[Path], place: Path = Path("/")) -> Iterator[Path]:
     if not any(place in file.parents for file in files):
         yield place
         return
-    for path in place.iterdir():
+    try:
+        inside = list(place.iterdir())
+    except PermissionError:  # a folder to walk through only
+        inside = [place / file.relative_to(place).parts[0] for file in files if place in file.parents]
+    for path in inside:
         if not path.is_symlink():  # what it points to is allowed, or not, in its own right
             yield from beside(files, path)
 
@@ -68,3 +77,18 @@ class _Beneath(ctypes.Structure):
 
     _pack_ = 1
     _fields_ = (("allowed", ctypes.c_uint64), ("parent", ctypes.c_int32))
+
+
+def main() -> None:
+    """`landlock.py RULES PROGRAM ARGUMENTS…`: take on rules, which are {"hidden": […], "limits": […]}; then be that."""
+    rules = json.loads(sys.argv[1])
+    for which, soft, hard in rules["limits"]:
+        most = resource.getrlimit(which)[1]
+        resource.setrlimit(which, (soft, hard) if most < 0 else (min(soft, most), min(hard, most)))
+    if not hide([Path(path) for path in rules["hidden"]]):
+        sys.stderr.write(f"this system has no Landlock: nothing keeps this job from reading {rules['hidden']}\n")
+    os.execv(sys.argv[2], sys.argv[2:])
+
+
+if __name__ == "__main__":
+    main()

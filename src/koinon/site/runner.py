@@ -46,6 +46,15 @@ def settled(job: Job, workers: Mapping[str, Worker], data: Any, *, before: Mappi
     return job.replace(executors=executors)
 
 
+def in_loops(job: Job) -> Job:
+    """The job with every executor that may choose its form in the one of single sites."""
+    chosen = [
+        dataclasses.replace(cast(Any, executor), form="loop") if getattr(executor, "form", "") == "auto" else executor
+        for executor in job.executors
+    ]
+    return job.replace(executors=chosen)
+
+
 def forms(workers: Mapping[str, Worker]) -> dict[str, str]:
     """How each task is worked off, and why so, as far as its worker says it: for a run's record."""
     said = [getattr(worker, "forms", {}) for worker in workers.values()]

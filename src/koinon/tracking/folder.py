@@ -8,7 +8,7 @@
     last.safetensors      the last commit's model; best.safetensors: the best one's, its round in the metadata
 
 A process may be killed at any moment: what commit.json does not name was never there.  (Files are renamed into
-place but not forced to disk: a power cut may cost the last rounds, not the folder.)
+place but, in a simulation, not forced to disk: a power cut may cost the last rounds, not the folder.)
 """
 
 from __future__ import annotations
@@ -58,6 +58,8 @@ class Folder:
 
     def __init__(self, path: Path, info: dict[str, Any]) -> None:
         self.path, self.info = path, info
+        self.durable = False
+        """A commit is forced to disk before it counts."""
         self._lines: list[str] = []
         self._cell = _quoted(path.name)
         self._commit: dict[str, Any] = read_json(path / "commit.json") or {}
@@ -125,11 +127,11 @@ class Folder:
         self(Event("metric", commit.time, commit.round, FEDERATION, commit.metrics))
         model, state = (f"commits/{what}-{commit.round:05d}.safetensors" for what in ("model", "state"))
         rest = {name: value for name, value in commit.state.items() if name != "model"}
-        _write(self.path / model, codec.pack(commit.state["model"], round=str(commit.round)))
-        _write(self.path / state, codec.pack(rest))
+        _write(self.path / model, codec.pack(commit.state["model"], round=str(commit.round)), self.durable)
+        _write(self.path / state, codec.pack(rest), self.durable)
         named = {"round": commit.round, "time": commit.time, "model": model, "state": state}
         after = {**named, "metrics_bytes": self._append(), "best": self._best(named, commit.metrics)}
-        write_json(self.path / "commit.json", after)
+        write_json(self.path / "commit.json", after, self.durable)
         self._commit = after
         self._tidy()
 
@@ -159,6 +161,9 @@ class Folder:
         with (self.path / "metrics.csv").open("ab") as table:
             table.write("".join(self._lines).encode())
             self._lines.clear()
+            if self.durable:
+                table.flush()
+                os.fsync(table.fileno())
             return table.tell()
 
     def _best(self, named: Mapping[str, Any], metrics: Mapping[str, float]) -> dict[str, Any] | None:
@@ -225,9 +230,9 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return content
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any], durable: bool = False) -> None:
     """Replace a file by a JSON object, at once."""
-    _write(path, json.dumps(content, indent=1, ensure_ascii=False).encode())
+    _write(path, json.dumps(content, indent=1, ensure_ascii=False).encode(), durable)
 
 
 @lru_cache(maxsize=1 << 16)
@@ -236,11 +241,24 @@ def _quoted(text: str) -> str:
     return '"' + text.replace('"', '""') + '"' if _SPECIAL.search(text) else text
 
 
-def _write(path: Path, data: bytes) -> None:
-    """Put bytes at a path, whole or not at all."""
+def _write(path: Path, data: bytes, durable: bool = False) -> None:
+    """Put bytes at a path, whole or not at all; after a power cut too, if it shall be durable."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_bytes(data)
+    if durable:
+        _to_disk(temporary)
     temporary.replace(path)
+    if durable:
+        _to_disk(path.parent)
+
+
+def _to_disk(path: Path) -> None:
+    """Force a file, or a folder's list of names, to disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def _link(target: Path, name: Path) -> None:

@@ -65,6 +65,8 @@ STYLE = {
     "svg.hashsalt": "koinon",
 }
 
+COMMON = "the common model"
+
 Points: TypeAlias = Mapping[int, float]
 """{round: value}, in order of rounds."""
 
@@ -112,11 +114,35 @@ def final(run: Run, name: str) -> dict[str, float]:
     return {site: list(rounds.values())[-1] for site, rounds in sites(run, name).items() if rounds}
 
 
-def worst(run: Run) -> list[str]:
-    """The tenth of the sites (at least one of two) with the worst last score, worst first."""
-    last, sign = final(run, score(run)), -1 if lower_is_better(score(run)) else 1
+def worst(run: Run, name: str = "") -> list[str]:
+    """The tenth of the sites (at least one of two) with the worst last score, or other metric, worst first."""
+    name = name or score(run)
+    last, sign = final(run, name), -1 if lower_is_better(name) else 1
     count = math.ceil(len(last) / 10) if len(last) > 1 else 0
     return sorted(last, key=lambda site: sign * last[site])[:count]
+
+
+def fairness(run: Run, name: str = "") -> dict[str, float]:
+    """How evenly a model serves the sites, by each site's last score (or other metric); {} of fewer than two sites.
+
+    Every site counts the same: their `mean`, that of the `worst` tenth, and their `variance` (of the population), as
+    papers on fairness report them (Li et al., 2020).
+    """
+    last = final(run, name or score(run))
+    values, lowest = list(last.values()), [last[site] for site in worst(run, name)]
+    if not lowest:
+        return {}
+    return {"mean": float(np.mean(values)), "worst": float(np.mean(lowest)), "variance": float(np.var(values))}
+
+
+def crossed(run: Run) -> dict[str, dict[str, float]]:
+    """{whose model: {at which site: score}}, of a run of `CrossSite`; the model of all comes last.  {} of another."""
+    if run.info.get("job") != "CrossSite":
+        return {}
+    owners = {round: site for site, rounds in sites(run, "train_samples").items() for round in rounds}
+    table = sites(run, score(run))
+    judged = sorted({round for rounds in table.values() for round in rounds})
+    return {owners.get(n, COMMON): {site: table[site].get(n, math.nan) for site in table} for n in judged}
 
 
 def best(run: Run) -> tuple[int, float] | None:
@@ -206,27 +232,33 @@ def heat_map(run: Run) -> Figure:
     if not order:
         return _nothing("no site's model was evaluated")
     cells = np.array([[table[site].get(round, np.nan) for round in rounds] for site in order])
-    colours = extra("matplotlib", "plot").colormaps[SHADES].with_extremes(bad=MISSING)
-    figure = _figure(9.2, min(1.2 + 0.24 * len(order), 6.5))
-    axes = figure.subplots()
     # The first rounds are far from all others: a scale that spans them would hide how sites differ later.
     end, clipped = ("vmax", "max") if lower_is_better(metric) else ("vmin", "min")
     limit: dict[str, Any] = {end: np.nanpercentile(cells, 75 if end == "vmax" else 25)} if len(rounds) > 4 else {}
-    image = axes.imshow(cells, aspect="auto", cmap=colours, interpolation="none", **limit)
-    axes.grid(visible=False)
-    axes.spines[:].set_visible(False)
-    lowest = len(worst(run))
+    figure = _figure(9.2, min(1.2 + 0.24 * len(order), 6.5))
+    axes, lowest = _cells(figure, cells, metric, clipped if limit else "neither", **limit), len(worst(run))
     if lowest:
         # Just outside the cells, in units of the axes along x and of the rows along y.
         edge: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "clip_on": False, "color": VERMILION}
         axes.plot([1.008, 1.008], [len(order) - lowest - 0.4, len(order) - 0.6], linewidth=3, **edge)
-    bar = figure.colorbar(image, ax=axes, label=_words(metric), pad=0.03, extend=clipped if limit else "neither")
-    bar.outline.set_visible(False)
     _names(axes.xaxis, [str(round) for round in rounds], 20, "round")
     _names(axes.yaxis, order, 30)
     for label in axes.get_yticklabels():
         if label.get_position()[1] >= len(order) - lowest:
             label.set_color(VERMILION)
+    return figure
+
+
+@style()
+def cross_site(run: Run) -> Figure:
+    """The score of each site's model (rows) at each site (columns); grey where there is none."""
+    if not (table := crossed(run)):
+        return _nothing("no site's model was judged by the sites")
+    cells = np.array([list(row.values()) for row in table.values()])
+    figure = _figure(9.2, min(1.4 + 0.32 * len(table), 8))
+    axes = _cells(figure, cells, score(run))
+    _names(axes.xaxis, list(next(iter(table.values()))), 24, "at")
+    _names(axes.yaxis, list(table), 30, "model of")
     return figure
 
 
@@ -298,32 +330,21 @@ def against(run: Run, by: str = "round") -> Figure:
     Raises:
         SettingsError: `by` is something else.
     """
-    if by not in ("round", "bytes", "seconds"):
-        raise SettingsError(f"a score cannot be drawn against {by!r}: {nearest(by, ['round', 'bytes', 'seconds'])}")
-    metric = score(run)
-    scores = points(run, metric)
+    (scores,), label = _costs([run], by)
     if not scores:
         return _nothing("no metric was measured")
     figure = _figure(9.2, 3.4)
-    axes, label, cost = figure.subplots(), "round", {float(round): float(round) for round in scores}
-    if by != "round":
-        spent = [points(run, name) for name in (("bytes_up", "bytes_down") if by == "bytes" else ("seconds",))]
-        cost = {
-            float(round): sum(value for part in spent for at, value in part.items() if at <= round) for round in scores
-        }
-        unit, scale = _unit(max(cost.values())) if by == "bytes" else ("", 1.0)
-        cost = {round: value / scale for round, value in cost.items()}
-        label = f"{unit} exchanged by all sites" if by == "bytes" else "seconds"
-    mark = "o" if len(scores) <= 30 else ""
-    axes.plot(list(cost.values()), list(scores.values()), color=BLUE, marker=mark, markersize=3.5)
-    _finish(axes, label, metric, legend=False)
+    axes, mark = figure.subplots(), "o" if len(scores) <= 30 else ""
+    axes.plot(list(scores), list(scores.values()), color=BLUE, marker=mark, markersize=3.5)
+    _finish(axes, label, score(run), legend=False)
     return figure
 
 
 @style()
-def compare(runs: Sequence[Run]) -> Figure:
-    """The score of several runs by round: a colour each, and other dashes after eight."""
+def compare(runs: Sequence[Run], by: str = "round") -> Figure:
+    """The score of several runs by what it cost, as in `against`: a colour each, and other dashes after eight."""
     drawn = [run for run in runs if score(run)]
+    series, label = _costs(drawn, by)
     if not drawn:
         return _nothing("no metric was measured")
     figure = _figure(7.2, 3.8)
@@ -331,8 +352,8 @@ def compare(runs: Sequence[Run]) -> Figure:
     for number, run in enumerate(drawn):
         dashes = ("-", "--", ":", "-.")[number // len(SERIES) % 4]
         own = "" if score(run) == metric else f" ({_words(score(run))})"
-        _line(axes, points(run, score(run)), _short(run.name) + own, SERIES[number % len(SERIES)], dashes)
-    _finish(axes, "round", metric, legend=False)
+        _line(axes, series[number], _short(run.name) + own, SERIES[number % len(SERIES)], dashes)
+    _finish(axes, label, metric, legend=False)
     figure.legend(loc="outside right upper")
     return figure
 
@@ -383,7 +404,38 @@ def _nothing(why: str) -> Figure:
     return figure
 
 
-def _line(axes: Axes, series: Points, label: str, colour: str, dashes: str = "-") -> None:
+def _cells(figure: Figure, cells: np.ndarray, metric: str, extend: str = "neither", **limit: Any) -> Axes:
+    """A matrix as shades, grey where there is no number, with what they mean beside it."""
+    axes, colours = figure.subplots(), extra("matplotlib", "plot").colormaps[SHADES].with_extremes(bad=MISSING)
+    image = axes.imshow(cells, aspect="auto", cmap=colours, interpolation="none", **limit)
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    figure.colorbar(image, ax=axes, label=_words(metric), pad=0.03, extend=extend).outline.set_visible(False)
+    return axes
+
+
+def _costs(runs: Sequence[Run], by: str) -> tuple[list[dict[float, float]], str]:
+    """Each run's {cost until then: score}, and what a cost is."""
+    if by not in ("round", "bytes", "seconds"):
+        raise SettingsError(f"a score cannot be drawn against {by!r}: {nearest(by, ['round', 'bytes', 'seconds'])}")
+    scores = [points(run, score(run)) for run in runs]
+    if by == "round":
+        return [{float(round): value for round, value in each.items()} for each in scores], by
+    names = ("bytes_up", "bytes_down") if by == "bytes" else ("seconds",)
+    series = []
+    for run, each in zip(runs, scores, strict=True):
+        spent = [point for name in names for point in points(run, name).items()]
+        series.append({sum(cost for at, cost in spent if at <= round): value for round, value in each.items()})
+    if by == "seconds":
+        return series, by
+    unit, scale = _unit(max((cost for each in series for cost in each), default=0.0))
+    scaled = [{cost / scale: value for cost, value in each.items()} for each in series]
+    return scaled, f"{unit} exchanged by all sites"
+
+
+def _line(
+    axes: Axes, series: Mapping[int, float] | Mapping[float, float], label: str, colour: str, dashes: str = "-"
+) -> None:
     mark = "o" if len(series) <= 30 else ""
     axes.plot(
         list(series), list(series.values()), dashes, color=colour, label=label, marker=mark, markersize=3, zorder=3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
@@ -57,15 +58,24 @@ summary { cursor: pointer; }
 # The page may load nothing at all, whatever a site has put into its name.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
+READABLE = 12
+"""Columns that fit a page; what has more is in a file beside it."""
+
 
 def write(run: Run) -> Path:
     """Write `report.html` into the run's folder, whole or not at all, and return its path.
+
+    Of a run of `CrossSite` it writes `cross-site.csv` too: whose model, and its score at each site.
 
     Raises:
         MissingExtra: matplotlib is not installed.
     """
     path, part = run.path / "report.html", run.path / ".report.html.part"
     part.write_text(page(run), encoding="utf-8")
+    if crossed := plots.crossed(run):
+        lines = [[owner, *row.values()] for owner, row in crossed.items()]
+        with (run.path / "cross-site.csv").open("w", newline="", encoding="utf-8") as table:
+            csv.writer(table).writerows([["model", *next(iter(crossed.values()))], *lines])
     return part.replace(path)
 
 
@@ -81,7 +91,10 @@ def curves_png(run: Run) -> Path:
 def page(run: Run) -> str:
     """The report as HTML.  Every word that comes from the run is escaped."""
     name = escape(str(run.info.get("name") or run.name))
-    parts = [_head(run, name), _by(run), _sites(run), _gains(run), _partition(run), _timeline(run), _settings(run)]
+    if plots.crossed(run):
+        parts = [_head(run, name), _crossed(run), _partition(run), _settings(run)]
+    else:
+        parts = [_head(run, name), _by(run), _sites(run), _gains(run), _partition(run), _timeline(run), _settings(run)]
     body = "\n".join(part for part in parts if part)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -104,7 +117,7 @@ def _head(run: Run, name: str) -> str:
         html += f'\n<p class="notice">{escape(str(info["reason"]))}</p>'
     scores, best = plots.points(run, plots.score(run)), plots.best(run)
     facts: list[tuple[str, str]] = []
-    if best:
+    if best and not plots.crossed(run):
         last = max(scores)
         sentence = f"In round {last}, the last that was measured, the common model reached {metric} {scores[last]:.3f}"
         sentence += (
@@ -121,7 +134,7 @@ def _head(run: Run, name: str) -> str:
 def _work(run: Run) -> Iterator[tuple[str, str]]:
     """The figures of the work: rounds, sites, samples, traffic, time."""
     done, planned = max((row.round for row in run.rows), default=0), run.info.get("rounds")
-    yield "rounds", f"{done}" if planned in (None, done) else f"{done} of {planned}"
+    yield "rounds", f"{done}" if planned in (None, 0, done) else f"{done} of {planned}"
     sites = run.info.get("sites")
     yield "sites", f"{len(sites) if isinstance(sites, list) else sites or len(plots.final(run, 'seconds')):,}"
     for label, name in (("training samples", "train_samples"), ("held-out samples", "samples")):
@@ -164,12 +177,14 @@ def _sites(run: Run) -> str:
         return ""
     worst, joined = set(plots.worst(run)), plots.joined(run)
     columns = ["site", "held-out samples", metric] + (["loss"] if loss and metric != "loss" else [])
+    columns += ["own model"] if (own := plots.final(run, f"personal_{metric}")) else []
     columns += ["alone", "gain by joining"] if joined else []
     rows = []
     for site, value in score.items():
         mark = " <small>(worst 10 %)</small>" if site in worst else ""
         cells = [escape(site) + mark, f"{samples[site]:,.0f}" if site in samples else "–", f"{value:.3f}"]
         cells += [_number(loss.get(site))] if "loss" in columns[3:] else []
+        cells += [_number(own.get(site))] if own else []
         if joined:
             alone, together = joined.get(site, (None, None))
             cells += [_number(alone), _number(_gain(metric, alone, together), "+")]
@@ -178,13 +193,38 @@ def _sites(run: Run) -> str:
     if worst:
         lowest = [f"{site} ({score[site]:.3f})" for site in plots.worst(run)]
         says += escape(f" The worst tenth: {', '.join(lowest[:5])}{', …' if len(lowest) > 5 else '.'}")
-    table = f'<div class="scroll">{_table(columns, rows)}</div>'
+    table = f'{_fairness(run)}<div class="scroll">{_table(columns, rows)}</div>'
     how = "Rows are sites, the best on top; columns are rounds; grey means that the site was not measured."
     picture = plots.svg(plots.heat_map(run), "the score of every site in every round")
     mark = " The bar on the right marks the worst tenth." if worst else ""
     return _section("How well it works at each site", says, table) + _section(
         "Site by site, round by round", how + mark, picture
     )
+
+
+def _fairness(run: Run) -> str:
+    """How evenly the sites are served, each counting the same: by the common model, and by their own if they have."""
+    metric = plots.score(run)
+    models = {"common model": metric, "own models": f"personal_{metric}"}
+    found = {title: even for title, name in models.items() if (even := plots.fairness(run, name))}
+    columns = ["over the sites", "mean", "mean of the worst 10 %", "variance"]
+    rows = [
+        ("", [title, *(_number(even[key]) for key in ("mean", "worst")), f"{even['variance']:.2g}"])
+        for title, even in found.items()
+    ]
+    return _table(columns, rows) if rows else ""
+
+
+def _crossed(run: Run) -> str:
+    """Whose model is how good at which site: a picture, and where it can be read, a table."""
+    crossed, metric = plots.crossed(run), _words(plots.score(run))
+    judges = list(next(iter(crossed.values())))
+    says = f"The {metric} of each site's model (rows) on each site's held-out data (columns)."
+    html = plots.svg(plots.cross_site(run), "the score of each site's model at each site")
+    if len(judges) <= READABLE:
+        rows = [("", [escape(owner), *map(_number, row.values())]) for owner, row in crossed.items()]
+        html += f'<div class="scroll">{_table(["model of", *judges], rows)}</div>'
+    return _section("Every site's model at every site", says, html)
 
 
 def _gains(run: Run) -> str:

@@ -70,6 +70,7 @@ class Local:
         weather: with it the clock is a simulated one, and sites answer in the order in which they would, whatever the
             task.
         clock: where it stands.
+        singly: each site is a chunk of its own, in the order in which they were asked.
     """
 
     def __init__(
@@ -81,9 +82,11 @@ class Local:
         crew: Callable[[float, float], Crew | None] | None = None,
         weather: Weather | None = None,
         clock: float = 0.0,
+        singly: bool = False,
     ) -> None:
         self._states, self.committed = states, states.after
         self._agent, self._samples, self._hire, self._weather = agent, samples, crew, weather
+        self._singly = singly
         self._plans: dict[str, _Plan] = {}  # of the open tasks, by their ids, the oldest first
         self._out: dict[Chunk, Answers | None] = {}  # at work; or back, and their moment has not come
         self._seconds = self._tasks = 0.0
@@ -104,7 +107,8 @@ class Local:
             # Falling numbers keep the order of arrival.
             order = np.arange(len(coming), 0, -1) if self._weather else self._samples(coming)
             cohort = getattr(self._agent.workers.get(new.name), "cohorts", {}).get(new.name, 1)
-            self._plans[new.id] = _Plan(new, deque(chunks(coming, order, cohort)), when)
+            parts = ([site] for site in coming) if self._singly else chunks(coming, order, cohort)
+            self._plans[new.id] = _Plan(new, deque(parts), when)
             if len(when) < len(new.sites):
                 return
         crew = self._hire(self._seconds, self._tasks) if self._hire else None

@@ -1,0 +1,148 @@
+"""The command line of a real federation: provision it, start its parts, see how they are."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from koinon import provision as trust
+from koinon.data.names import Names
+from koinon.errors import KitError, RunError, SettingsError
+from koinon.operate import afar
+from koinon.operate.words import AsJson, show
+from koinon.provision import poc as proof
+from koinon.site import check
+from koinon.site.kit import open_kit
+
+app = typer.Typer()
+kit_app = typer.Typer(help="Make a request for a kit with a key of one's own.", no_args_is_help=True)
+app.add_typer(kit_app, name="kit")
+
+KitFolder = Annotated[Path, typer.Option("--kit", metavar="DIR", help="the unpacked kit")]
+JobId = Annotated[str, typer.Argument(metavar="JOB", help="as `koinon jobs` lists it")]
+Log = Annotated[str, typer.Option(metavar="text|json", help="lines for people, or for machines")]
+Status = Annotated[int | None, typer.Option(min=1, max=65535, help="a port of 127.0.0.1 for /healthz and /metrics")]
+PROJECT = Annotated[Path, typer.Argument(metavar="PROJECT.toml")]
+
+
+@app.command()
+def provision(
+    project: PROJECT,
+    *,
+    out: Annotated[Path | None, typer.Option(help="the project's folder; by default beside PROJECT.toml")] = None,
+    add_site: Annotated[list[str] | None, typer.Option(metavar="NAME[:ORG]")] = None,
+    add_admin: Annotated[list[str] | None, typer.Option(metavar="NAME:ROLE[:ORG]")] = None,
+    sign: Annotated[Path | None, typer.Option(metavar="REQUEST", help="make the kit that a request asks for")] = None,
+    renew: Annotated[str, typer.Option(metavar="NAME", help="make a participant's certificate anew")] = "",
+    revoke: Annotated[str, typer.Option(metavar="NAME", help="shut a participant out")] = "",
+) -> None:
+    """Make the kits of a federation: for whoever has none yet, and nobody else's is touched."""
+    wanted = trust.added(trust.read(project), add_site or [], add_admin or [])
+    folder = out or project.parent / wanted.name
+    if sign:
+        made = [trust.sign(wanted, folder, sign)]
+    elif renew:
+        made = [trust.renew(wanted, folder, renew)]
+    elif revoke:
+        typer.echo(f"{trust.revoke(wanted, folder, revoke)}: put it into the server's kit, where it runs")
+        return
+    else:
+        made = trust.provision(wanted, folder)
+    for path in made:
+        typer.echo(path)
+    if not made:
+        typer.echo("everybody has a kit already")
+
+
+@kit_app.command("request")
+def request(
+    name: Annotated[str, typer.Argument(help="who asks, as the project knows it")],
+    out: Annotated[Path, typer.Option(help="where the key stays")] = Path("kit"),
+) -> None:
+    """Make a key that never leaves this machine, and the request for its kit."""
+    typer.echo(f"{trust.request(name, out)}: send it to the operator; put key.pem into the kit that comes back")
+
+
+@app.command()
+def server(kit: KitFolder, store: str = "", log: Log = "text", status_port: Status = None) -> None:
+    """Run a federation's server until it is told to stop."""
+    _become("koinon.server", kit, store=store, log=log, status_port=status_port)
+
+
+@app.command()
+def site(
+    what: Annotated[str, typer.Argument(metavar="[check]", help="look whether everything is as it must be")] = "",
+    *,
+    kit: KitFolder,
+    log: Log = "text",
+    status_port: Status = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a site until it is told to stop; or check what it needs."""
+    if what not in ("", "check"):
+        raise SettingsError(f"koinon site {what}: write `koinon site --kit DIR`, or `koinon site check --kit DIR`")
+    if not what:
+        _become("koinon.transport.site", kit, log=log, status_port=status_port)
+    found = check.check(kit)
+    rows = [{"what": row.name, "": "ok" if row.ok else "NO", "said": row.said} for row in found]
+    show(rows, as_json)
+    if not all(row.ok for row in found):
+        raise KitError("this site cannot take part yet: see the lines that say NO")
+
+
+@app.command()
+def jobs(kit: KitFolder, as_json: AsJson = False) -> None:
+    """List a federation's jobs."""
+    rows = afar.linked(kit).jobs()
+    if not rows and not as_json:
+        raise RunError("there are no jobs yet: `koinon run JOB.py --on KIT` submits one")
+    show(rows, as_json)
+
+
+@app.command()
+def sites(kit: KitFolder, as_json: AsJson = False) -> None:
+    """List a federation's sites, and who is there."""
+    show(afar.linked(kit).sites(), as_json)
+
+
+@app.command()
+def stop(job: JobId, kit: KitFolder) -> None:
+    """Stop a job; what it has committed stays."""
+    afar.linked(kit).stop(job)
+
+
+@app.command()
+def fetch(
+    job: JobId, kit: KitFolder, out: Annotated[Path | None, typer.Option(help="by default runs/JOB")] = None
+) -> None:
+    """Fetch a job's run folder."""
+    path = out or Path("runs") / job
+    if path.exists():
+        raise RunError(f"'{path}' exists: name another with --out")
+    afar.fetch(afar.linked(kit), job, path)
+    typer.echo(path)
+
+
+def _become(module: str, kit: Path, **options: str | int | None) -> None:
+    """This process becomes the server or the site, which need nothing of what the command line has loaded."""
+    open_kit(kit)  # what is wrong is said here, in one line
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value]
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-m", module, "--kit", str(kit), *words])
+
+
+def poc(what: str, sites: int, as_json: bool) -> None:
+    """Start a proof of concept that stays, look at it, or stop it."""
+    if what == "start":
+        proof.start(afar.POC, Names(sites))
+        typer.echo(f"a server and {sites} sites run, with kits and logs in {afar.POC}: `koinon run JOB.py --on poc`")
+    elif what == "status":
+        show(proof.status(afar.POC), as_json)
+    else:
+        proof.stop(afar.POC)
+        shutil.rmtree(afar.POC, ignore_errors=True)

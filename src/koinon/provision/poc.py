@@ -1,0 +1,135 @@
+"""A proof of concept: a whole federation on this machine, with kits, TLS and processes as between institutions."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from koinon.errors import RunError
+from koinon.provision.kits import provision
+from koinon.provision.project import Admin, Project, Server
+from koinon.site.child import environment
+
+SETTINGS = {
+    "server": 'listen = "127.0.0.1:{port}"\nsilence = 10\n[data]\nfrom_job = true\n',
+    "site": "[limits]\nthreads = 1\n",
+}
+"""What is otherwise than by default: a job brings its own data, and shares the cores with the others."""
+
+BEGIN = 20.0
+"""Seconds within which a server must have begun to serve."""
+
+
+def start(folder: Path, sites: Sequence[str]) -> None:
+    """Make the kits, and start a server and these sites.
+
+    Raises:
+        RunError: there is a proof of concept in that folder already, or its server does not come up.
+    """
+    if (folder / "processes.json").exists():
+        raise RunError(f"there is a proof of concept in '{folder}' already: `koinon poc stop` ends it")
+    folder.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = Server([f"localhost:{port}"], names=["127.0.0.1"])
+    project = Project("poc", server, sites=dict.fromkeys(sites, ""), admins={"admin": Admin("project_admin")})
+    provision(project, folder)
+    processes = {}
+    for name in ["server", *sites]:
+        kit, role = folder / "kits" / name, "site" if name in sites else "server"
+        (kit / "settings.toml").write_text(SETTINGS[role].format(port=port))
+        processes[name] = _started(kit, role)
+        (folder / "processes.json").write_text(json.dumps(processes))
+    until = time.monotonic() + BEGIN
+    while not _serves(port):
+        if time.monotonic() > until or not _alive(processes["server"], folder / "kits" / "server"):
+            said = (folder / "kits" / "server" / "log.txt").read_text()[-2000:]
+            stop(folder)
+            raise RunError(f"the server did not come up; its last words:\n{said}")
+        time.sleep(0.02)
+
+
+def admin(folder: Path) -> Path:
+    """The kit of whoever may submit jobs.
+
+    Raises:
+        RunError: no proof of concept runs there.
+    """
+    if not (folder / "processes.json").exists():
+        raise RunError(f"no proof of concept runs in '{folder}': `koinon poc start` starts one")
+    return folder / "kits" / "admin"
+
+
+def status(folder: Path) -> list[dict[str, Any]]:
+    """Who runs, with process number and resident memory."""
+    admin(folder)
+    rows = []
+    for name, pid in json.loads((folder / "processes.json").read_text()).items():
+        alive = _alive(pid, folder / "kits" / name)
+        rows.append({"name": name, "process": pid, "state": "up" if alive else "dead", "log": str(_log(folder, name))})
+    return rows
+
+
+def stop(folder: Path, patience: float = 10.0) -> None:
+    """End everything, and leave no process; the folder stays."""
+    file = folder / "processes.json"
+    running: Mapping[str, int] = json.loads(file.read_text()) if file.exists() else {}
+    left = {pid: folder / "kits" / name for name, pid in running.items() if _alive(pid, folder / "kits" / name)}
+    for pid in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+    until = time.monotonic() + patience
+    while left := {pid: kit for pid, kit in left.items() if _alive(pid, kit)}:
+        if time.monotonic() > until:
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(pid, signal.SIGKILL)
+        time.sleep(0.02)
+    file.unlink(missing_ok=True)
+
+
+def _started(kit: Path, role: str) -> int:
+    module = {"server": "koinon.server", "site": "koinon.transport.site"}[role]
+    with (kit / "log.txt").open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", module, "--kit", str(kit.resolve())],
+            env=environment(None),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    return process.pid
+
+
+def _log(folder: Path, name: str) -> Path:
+    return folder / "kits" / name / "log.txt"
+
+
+def _serves(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+        return True
+    return False
+
+
+def _alive(pid: int, kit: Path) -> bool:
+    """Whether that process runs, and is the one that was started for this kit."""
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)  # if it was ours, nobody else will bury it
+    try:
+        os.kill(pid, 0)
+        return str(kit.resolve()).encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (ProcessLookupError, PermissionError):
+        return False
+    except FileNotFoundError:
+        return not Path("/proc/self").exists()  # no Linux: the number must do

@@ -1,0 +1,153 @@
+"""Bytes on disk, named by their SHA-256: payloads, bundles and answers; and what has arrived of those on their way.
+
+    blobs/<digest>          whole and checked, never changed
+    partial/<place>-<digest>   what has arrived so far; <place> says of whom and for what
+
+A process may be killed at any moment: what no row of the store names was never there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import uuid
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+PIECE = 1 << 20
+"""Bytes that are read from a file at once."""
+
+REMEMBERED = 1000
+"""So many cut arrivals are not read again when they go on."""
+
+
+def place(*names: str) -> str:
+    """A file name for what these names say, whatever characters they hold."""
+    return hashlib.sha256("\0".join(names).encode()).hexdigest()[:32]
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Force a file, or the names in a folder, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class Blobs:
+    """The two folders, under one that exists or is made."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.partial = folder / "blobs", folder / "partial"
+        for made in (self.folder, self.partial):
+            made.mkdir(parents=True, exist_ok=True)
+        self._cut: dict[Path, tuple[int, hashlib._Hash]] = {}
+
+    def path(self, digest: str) -> Path:
+        """Where a blob lies, if it is there."""
+        return self.folder / digest
+
+    def arriving(self, owner: str, digest: str) -> Path:
+        """Where what arrives is kept until it is whole."""
+        return self.partial / f"{owner}-{digest}"
+
+    def scratch(self, data: bytes = b"") -> Path:
+        """A new file beside those that arrive; the next start removes it."""
+        path = self.partial / f"scratch-{uuid.uuid4().hex}"
+        path.write_bytes(data)
+        return path
+
+    @contextmanager
+    def keeping(self, path: Path, digest: str) -> Iterator[None]:
+        """Give synced bytes their lasting name for as long as the block needs to write down that they are wanted.
+
+        When it raises, `path` is as it was; the blob may be there too, and is for `sweep` to remove.
+        """
+        if path.exists():  # not at a second attempt whose first was told too late that it had worked
+            self._link(path, digest)
+        sync(self.folder)
+        yield
+        path.unlink(missing_ok=True)
+
+    def _link(self, path: Path, digest: str) -> None:
+        try:
+            os.link(path, self.path(digest))
+        except FileExistsError:
+            pass  # the same bytes, as the name says
+
+    def drop(self, digest: str) -> None:
+        """Remove a blob."""
+        self.path(digest).unlink(missing_ok=True)
+
+    def forget(self, owner: str) -> None:
+        """Remove whatever arrives there."""
+        for path in self.partial.glob(f"{owner}-*"):
+            path.unlink(missing_ok=True)
+            self._cut.pop(path, None)
+
+    def sweep(self, named: Collection[str], owners: Collection[str]) -> int:
+        """Remove blobs that nothing names, and arrivals that nobody waits for; how many there were."""
+        lost = [path for path in self.folder.iterdir() if path.name not in named]
+        lost += [path for path in self.partial.iterdir() if path.name.partition("-")[0] not in owners]
+        for path in lost:
+            path.unlink()
+        return len(lost)
+
+    def resumed(self, path: Path) -> Arrival:
+        """Go on with what has arrived there; from nothing, if nothing has."""
+        size = path.stat().st_size if path.exists() else 0
+        before = self._cut.pop(path, None)
+        if before and before[0] == size:
+            return Arrival(path, size, before[1])
+        return Arrival(path, size, _hash_of(path) if size else hashlib.sha256())
+
+    def paused(self, arrival: Arrival) -> None:
+        """Remember how far an arrival came."""
+        arrival.close()
+        if len(self._cut) >= REMEMBERED:
+            del self._cut[next(iter(self._cut))]
+        self._cut[arrival.path] = (arrival.size, arrival.hash)
+
+
+class Arrival:
+    """Bytes on their way in: appended to a file, and hashed meanwhile."""
+
+    def __init__(self, path: Path, size: int, hash: hashlib._Hash) -> None:
+        self.path, self.size, self.hash = path, size, hash
+        self._file = path.open("ab", buffering=0)
+
+    def add(self, piece: bytes) -> None:
+        """Append a piece.
+
+        Raises:
+            OSError: there is no room; what was written stays.
+        """
+        with memoryview(piece) as rest:
+            while rest.nbytes:
+                written = self._file.write(rest)
+                self.hash.update(rest[:written])
+                self.size += written
+                rest = rest[written:]
+
+    def finish(self) -> str:
+        """Force it to the disk; its digest."""
+        os.fsync(self._file.fileno())
+        self.close()
+        return self.hash.hexdigest()
+
+    def close(self) -> None:
+        """No more will come for now."""
+        self._file.close()
+
+
+def _hash_of(path: Path) -> hashlib._Hash:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256")

@@ -1,0 +1,162 @@
+"""What a site keeps on its disk, so that it may be killed at any moment.
+
+run/over                the ids of jobs that have ended here
+run/blobs/              payloads, by their digests
+run/jobs/<job>/         bundle.zip, and its content in code/, where state.safetensors is what the site remembers
+               work/    where the job's process works, with its log.txt
+               spool/   <task>.json says what <task>.answer is, and is written last; <task>.state goes with it
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from koinon.site import signing
+from koinon.task.errands import Answer, file_name
+
+REASON, TRACEBACK = 4_000, 50_000
+"""Characters of a failure that travel."""
+
+
+@dataclass(frozen=True)
+class Spool:
+    """The folder of a running site."""
+
+    run: Path
+
+    def __post_init__(self) -> None:
+        for folder in (self.run / "jobs", self.blobs):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def blobs(self) -> Path:
+        """Where payloads are kept."""
+        return self.run / "blobs"
+
+    def job(self, job: str) -> Path:
+        """A job's folder."""
+        return self.run / "jobs" / job
+
+    # -- after a restart -------------------------------------------------------------------------------------
+
+    def found(self) -> tuple[list[Answer], list[str], list[str]]:
+        """What a restarted site finds: whole answers, jobs, and jobs that were over.  What is not whole goes."""
+        answers = []
+        jobs = sorted(path.name for path in (self.run / "jobs").iterdir())
+        for job in jobs:
+            for desk in self.job(job).glob("work/desk-*"):
+                shutil.rmtree(desk, ignore_errors=True)
+            kept = {self._record(answer): answer for answer in self._answers(job)}
+            answers += kept.values()
+            for path in self._spool(job).glob("*"):
+                if path.with_suffix(".json") not in kept:
+                    path.unlink()
+        over = self.run / "over"
+        return answers, jobs, over.read_text().split() if over.exists() else []
+
+    def _answers(self, job: str) -> Iterator[Answer]:
+        for path in sorted(self._spool(job).glob("*.json"), key=lambda path: path.stat().st_mtime_ns):
+            try:
+                answer = msgspec.json.decode(path.read_bytes(), type=Answer)
+                if answer.job == job and self.answer(answer).stat().st_size == answer.size:
+                    yield answer
+            except (OSError, ValueError):
+                continue  # the machine died while it was written
+
+    # -- answers ---------------------------------------------------------------------------------------------
+
+    def answer(self, answer: Answer) -> Path:
+        """The bytes of an answer."""
+        return self._record(answer).with_suffix(".answer")
+
+    def keep(self, about: dict[str, Any], written: Path, state: Path | None = None) -> Answer:
+        """Take an answer, and what the site learned with it, into the spool; from then on it survives.
+
+        Args:
+            about: what is to be said of it: job, task, asked, seconds, failed.
+            written: the file with its bytes, which is moved.
+            state: the file with what the site learned, which is moved if it is there.
+        """
+        digest, size = _settled(written)
+        answer = Answer(digest=digest, size=size, **about)
+        record = self._record(answer)
+        record.parent.mkdir(parents=True, exist_ok=True)
+        record.unlink(missing_ok=True)  # of an answer that this one replaces
+        record.with_suffix(".state").unlink(missing_ok=True)
+        if state and state.exists():
+            _settled(state)
+            state.replace(record.with_suffix(".state"))
+        written.replace(record.with_suffix(".answer"))
+        signing.put(record, msgspec.json.encode(answer))
+        return answer
+
+    def fail(self, about: dict[str, Any], reason: str, traceback: str = "") -> Answer:
+        """Put the reason into the spool for which a task has no result."""
+        draft = self.job(about["job"]) / "failure"
+        draft.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_bytes(msgspec.json.encode({"reason": reason[:REASON], "traceback": traceback[-TRACEBACK:]}))
+        return self.keep(about | {"failed": True}, draft)
+
+    def settle(self, answer: Answer, learned: bool) -> None:
+        """Delete a delivered answer; what was learned with it becomes what the site remembers, or goes too."""
+        state = self._record(answer).with_suffix(".state")
+        if learned and state.exists():
+            state.replace(self.job(answer.job) / "code" / "state.safetensors")
+            sync(self.job(answer.job) / "code")
+        self.discard(answer.job, answer.task)
+
+    def discard(self, job: str, task: str) -> None:
+        """Delete what there is of a task."""
+        for ending in (".json", ".answer", ".state"):
+            (self._spool(job) / (file_name(task) + ending)).unlink(missing_ok=True)
+
+    # -- jobs ------------------------------------------------------------------------------------------------
+
+    def forget(self, job: str) -> None:
+        """Delete a job, and remember that it was here."""
+        with (self.run / "over").open("a") as over:
+            over.write(f"{job}\n")
+            over.flush()
+            os.fsync(over.fileno())
+        if self.job(job).exists():
+            shutil.rmtree(self.job(job))
+
+    def sweep(self, needed: set[str]) -> None:
+        """Delete the payloads that nobody needs, and what was fetched of them."""
+        for path in self.blobs.iterdir():
+            if path.name.removesuffix(".part") not in needed:
+                path.unlink(missing_ok=True)
+
+    def free_gb(self) -> float:
+        """Of the disk."""
+        return shutil.disk_usage(self.run).free / (1 << 30)
+
+    def _spool(self, job: str) -> Path:
+        return self.job(job) / "spool"
+
+    def _record(self, answer: Answer) -> Path:
+        return self._spool(answer.job) / f"{file_name(answer.task)}.json"
+
+
+def sync(folder: Path) -> None:
+    """What was renamed in a folder survives a crash of the machine."""
+    place = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(place)
+    finally:
+        os.close(place)
+
+
+def _settled(path: Path) -> tuple[str, int]:
+    """A file's SHA-256 and length, once it is on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest(), os.fstat(file.fileno()).st_size

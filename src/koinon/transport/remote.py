@@ -1,0 +1,223 @@
+"""How it travels between institutions, as a controller sees it: answers that lie in files, told of line by line.
+
+The process next door serves the sites and has every answer on its disk before it tells of it.  Whatever this process
+is told twice, after it was started again, is the same.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from koinon.aggregate import Aggregator
+from koinon.errors import PayloadError, QuorumNotReached
+from koinon.payload import Payload, codec
+from koinon.task import Board, Failure, Result, Task
+from koinon.tracking import SERVER
+
+JOIN = "join"
+"""The task that every site is asked first, and no executor answers: what it holds."""
+
+
+class Line(Protocol):
+    """To the process that serves the sites (site.child.Parent)."""
+
+    def say(self, **message: Any) -> None:
+        """Send a message."""
+
+    def hear(self) -> Iterator[dict[str, Any]]:
+        """What it says, until it is gone."""
+
+
+class Stopped(BaseException):
+    """Somebody wants this job to end: that is nobody's error."""
+
+
+@dataclass
+class _Open:
+    """A task that was posted: when, who has not been heard of yet, in order, and what has arrived and was not read."""
+
+    began: float
+    left: dict[str, None]
+    arrived: dict[str, dict[str, Any]] = field(default_factory=dict)
+    counted: int = 0  # arrived answers that are no failures
+
+
+class Remote:
+    """Posts tasks to sites elsewhere, and delivers their answers: to a fold in the order in which the sites were asked,
+    so that its bits do not depend on who was faster; otherwise as they come.
+
+    A round whose quorum has answered does not wait for who is silent; one older than `limit` waits for nobody.
+
+    Args:
+        line: to the process that serves the sites.
+        folder: where payloads are written, for that process to take.
+        limit: how long a round may take, in seconds.
+        home: answers for the server, if it holds data of its own.
+    """
+
+    def __init__(
+        self, line: Line, folder: Path, *, limit: float = math.inf, home: Callable[[Task], Result] | None = None
+    ) -> None:
+        self._line, self._folder, self._limit, self.home = line, folder, limit, home
+        self._open: dict[str, _Open] = {}
+        self._silent: frozenset[str] = frozenset()
+        self._heard: queue.Queue[dict[str, Any]] = queue.Queue()
+        self._committed = 0
+        self.held: dict[str, Mapping[str, float]] = {}
+        """What sites said that they hold: samples to `train` on and to `test` with."""
+        self.evaluators: list[str] = []
+        """Who holds samples to test with, in the order of the sites."""
+        threading.Thread(target=self._listen, daemon=True, name="line").start()
+
+    @property
+    def committed(self) -> int:
+        """The last round that is durable: its answers are needed no more."""
+        return self._committed
+
+    @committed.setter
+    def committed(self, round: int) -> None:
+        self._committed = round
+        self._line.say(committed=round)
+
+    def now(self) -> float:
+        """Unix time; it stands just before a deadline until all that came in time is delivered."""
+        return self._until(time.time())
+
+    def join(self, sites: Sequence[str], quorum: float) -> None:
+        """Ask all sites what they hold, and wait for them as a round does; who is late is heard later.
+
+        Raises:
+            QuorumNotReached: too few can take part; why not is said by each.
+        """
+        known = self._folder / "sites.json"
+        self.held = json.loads(known.read_text()) if known.exists() else {}
+        needed, board, failures = math.ceil(quorum * len(sites)), Board(), dict[str, Failure]()
+        if missing := tuple(site for site in sites if site not in self.held):
+            board.post(task := Task(JOIN, JOIN, 0, Payload("weights"), missing, quorum=max(1, needed - len(self.held))))
+            while not board.progress(JOIN, self.now()).over:
+                self.wait(board, task)
+                while isinstance(result := board.take(JOIN), Result):
+                    values = result.payload.values.get("metrics") if result.payload else None
+                    self.held[result.site] = values if isinstance(values, Mapping) else {}
+            failures = board.close(JOIN)
+            known.write_text(json.dumps(self.held))
+        self.evaluators[:] = [site for site in sites if self.held.get(site, {}).get("test")]
+        if len(self.held) < needed:
+            why = "".join(f"\n  '{site}': {failure.reason}" for site, failure in failures.items())
+            trace = next((failure.traceback for failure in failures.values() if failure.traceback), "")
+            raise QuorumNotReached(
+                f"{len(failures)} of {len(sites)} sites cannot take part, {needed} are needed{why}", trace
+            )
+
+    def samples(self, sites: Sequence[str]) -> np.ndarray:
+        """How many samples sites train on: [sites]; NaN where they have not said so."""
+        return np.array([self.held.get(site, {}).get("train", math.nan) for site in sites])
+
+    def wait(self, board: Board, task: Task | None = None, aggregator: Aggregator | None = None) -> None:
+        """Return when an answer was delivered, or a deadline has passed."""
+        for old in [id for id in self._open if id not in board.tasks]:
+            del self._open[old]
+            self._line.say(close=old)
+        for new in [one for one in board.tasks.values() if one.id not in self._open]:
+            self._post(new)
+        folding = task if aggregator is not None or (task and task.name == "evaluate") else None
+        while not any(self._deliver(board, one, one is folding) for one in tuple(board.tasks.values())):
+            if not self._hear(self._next(board) - time.time()):
+                return
+
+    # -- inside ----------------------------------------------------------------------------------------------
+
+    def _post(self, task: Task) -> None:
+        """Hand a task to the sites, and to the server itself if it is among those who are asked."""
+        self._open[task.id] = here = _Open(time.time(), dict.fromkeys(task.sites))
+        if sites := [site for site in task.sites if site != SERVER]:
+            path = self._folder / f"{task.id}.payload"
+            codec.save(task.payload, path)
+            self._line.say(
+                post={"id": task.id, "name": task.name, "round": task.round, "sites": sites, "payload": str(path)}
+            )
+        if SERVER in task.sites and self.home:
+            answer = self.home(task)
+            here.arrived[SERVER] = {"answer": answer, "at": time.time(), "failed": answer.failure is not None}
+
+    def _deliver(self, board: Board, task: Task, ordered: bool) -> bool:
+        """Put the next answer to a task on the board, if there is one whose turn it is; or give up who is missing."""
+        here, now = self._open[task.id], time.time()
+        ended = now >= min(task.deadline or math.inf, here.began + self._limit)
+        missing = [site for site in here.left if site not in here.arrived]
+        enough = here.counted >= task.quorum
+        lost = [site for site in missing if ended or (enough and self._silent.issuperset(missing))]
+        turn = next(iter(here.left), None) if ordered and not lost else next(iter(here.arrived), None)
+        if ordered and lost:
+            turn = next((site for site in here.left if site in here.arrived), None)
+        if turn in here.arrived:
+            del here.left[turn]
+            message = here.arrived.pop(turn)
+            board.answer(message.get("answer") or self._read(task, turn, message), message["at"])
+            return True
+        if lost:
+            why = (
+                f"the round took longer than {self._limit:g} s"
+                if ended
+                else "it is silent, and the quorum has answered"
+            )
+            for site in lost:
+                del here.left[site]
+                board.answer(Result(task.id, site, failure=Failure(why)), now)
+        return bool(lost)
+
+    def _read(self, task: Task, site: str, message: Mapping[str, Any]) -> Result:
+        """An answer from its file; what cannot be read is a failure of that site."""
+        path, seconds = Path(message["path"]), float(message["seconds"])
+        try:
+            if message["failed"]:
+                said = json.loads(path.read_bytes())
+                failure = Failure(str(said["reason"]), str(said.get("traceback", "")))
+                return Result(task.id, site, failure=failure, seconds=seconds)
+            return Result(task.id, site, codec.load(path), seconds=seconds)
+        except (PayloadError, ValueError, KeyError, TypeError, RecursionError) as error:
+            return Result(task.id, site, failure=Failure(f"its answer cannot be read: {error}"), seconds=seconds)
+
+    def _hear(self, seconds: float) -> bool:
+        """Take in what was said, for so long at most; whether anything was.
+
+        Raises:
+            Stopped: that was the end.
+        """
+        try:
+            message = self._heard.get(timeout=min(max(seconds, 0), 3600))
+        except queue.Empty:
+            return seconds > 3600
+        if message.get("stop"):
+            raise Stopped
+        if "silent" in message:
+            self._silent = frozenset(message["silent"])
+        elif (here := self._open.get(message["result"])) and message["site"] in here.left:
+            here.counted += message["site"] not in here.arrived and not message["failed"]
+            here.arrived[message["site"]] = message
+        return True
+
+    def _next(self, board: Board) -> float:
+        """When the next deadline is."""
+        ends = [task.deadline or self._open[id].began + self._limit for id, task in board.tasks.items()]
+        return min(ends, default=math.inf)
+
+    def _until(self, now: float) -> float:
+        waiting = [here.arrived.values() for here in self._open.values() if here.arrived]
+        return min([now, *(message["at"] for messages in waiting for message in messages)])
+
+    def _listen(self) -> None:
+        for message in self._line.hear():
+            self._heard.put(message)
+        os._exit(1)  # whoever started this process is gone; another will be started

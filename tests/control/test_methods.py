@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 import koinon
-from koinon.errors import QuorumNotReached, SettingsError
+from koinon.control import LoAdaBoost
+from koinon.errors import JobError, QuorumNotReached, SettingsError
 from koinon.site import SiteContext
+from koinon.training import Boosted, ditto
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 H, A, STEPS, LR = np.array([1.0, 4.0]), np.array([0.0, 1.0]), 5, 0.05
@@ -156,6 +158,18 @@ def test_fedprox_finds_mu_by_the_loss(tmp_path):
     assert [row.value for row in run.series("mu")] == sent[::2]
 
 
+def test_fedprox_needs_a_loss(tmp_path):
+    """And says so."""
+
+    @koinon.task("train")
+    def silent(model, data, context):
+        return model, 1, {}
+
+    job = koinon.Job(koinon.FedProx(2), silent, model={"w": np.zeros(1)}, data=koinon.data.sites(SITES))
+    with pytest.raises(JobError, match="FedProx follows the metric 'loss' of the training, and no site said one"):
+        koinon.simulate(job, on=1, out=tmp_path / "run", sinks=())
+
+
 @pytest.mark.parametrize("form", ["loop", "cohort", "vmap"])
 def test_a_mu_that_is_sent_is_a_mu_that_is_set(tmp_path, form):
     """But for steps that nobody notices."""
@@ -182,10 +196,13 @@ METHODS = {
     "SCAFFOLD": lambda: (koinon.Scaffold(2), {"terms": [koinon.control_variates()]}, {}),
     "clipped": lambda: (koinon.FedAvg(2), {"terms": [koinon.clip_gradient(0.5)]}, {}),
     "partial work": lambda: (koinon.FedAvg(2), {"epochs": koinon.partial_work(3, 0.7)}, {}),
+    "LoAdaBoost": lambda: (LoAdaBoost(2), {"epochs": Boosted(4)}, {}),
+    "Ditto": lambda: (koinon.FedAvg(2), {"terms": [koinon.proximal(0.1), ditto(0.5)], "momentum": 0.5}, {}),
     "cyclic": lambda: (koinon.Cyclic(2, order="random"), {}, {}),
     "hierarchical": lambda: (koinon.Hierarchical(2, groups=2, edge_rounds=2), {}, {}),
     "q-FedAvg": lambda: (koinon.QFedAvg(2, q=0.5, lr=0.1), {}, {}),
     "FedBuff": lambda: (koinon.FedBuff(2, concurrency=4, buffer=3), {}, {}),
+    "equal weights": lambda: (koinon.FedAvg(2, aggregator=koinon.mean(weighted=False)), {}, {}),
     "median": lambda: (koinon.FedAvg(2, aggregator=koinon.coordinate_median()), {}, {}),
     "multi-Krum": lambda: (koinon.FedAvg(2, aggregator=koinon.multi_krum(1)), {}, {}),
     "geometric median": lambda: (koinon.FedAvg(2, aggregator=koinon.geometric_median()), {}, {}),

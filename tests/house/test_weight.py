@@ -71,10 +71,12 @@ def test_a_function_has_12_lines_on_the_mean():
 
 
 def test_a_function_takes_at_most_8_parameters():
-    """`self` is not counted; a public dataclass takes its fields."""
+    """`self` is not counted; a public dataclass takes its fields.  The options of a command are given by name, and each
+    has its own line of help: they are not counted."""
     counts: list[tuple[str, int]] = []
     for module in modules().values():
-        counts += [(f"{module.at(f)} {f.name}", sum(map(len, parameters(f)))) for f in module.functions()]
+        functions = [f for f in module.functions() if not any(".command(" in ast.unparse(d) for d in f.decorator_list)]
+        counts += [(f"{module.at(f)} {f.name}", sum(map(len, parameters(f)))) for f in functions]
         counts += [(f"{module.at(node)} {node.name}", len(settings(module, node))) for node in module.classes()]
     many = [f"{place} takes {count} parameters" for place, count in counts if count > PARAMETERS]
     assert not many, "\n".join(many)

@@ -29,6 +29,8 @@ class Line:
 
     def say(self, **message):
         self.said.append(message)
+        if "close" in message:
+            self.queue.put({"closed": message["close"]})
         if (post := message.get("post")) and self.answer:
             for site in self.arrival:
                 if site in post["sites"]:

@@ -2,16 +2,19 @@
 
 from koinon.control.asynchronous import FedBuff
 from koinon.control.conduct import about, conduct, opened
+from koinon.control.cross_site import CrossSite
 from koinon.control.cyclic import Cyclic
 from koinon.control.fairness import QFedAvg
 from koinon.control.fedavg import FedAvg
 from koinon.control.federation import Federation, Sites, Store, Transport
 from koinon.control.fedprox import FedProx
 from koinon.control.hierarchical import Hierarchical
+from koinon.control.loadaboost import LoAdaBoost
 from koinon.control.sampler import Known, Sampler, by_size, by_speed, everyone, fraction, power_of_choice
 from koinon.control.scaffold import Scaffold
 
 __all__ = [
+    "CrossSite",
     "Cyclic",
     "FedAvg",
     "FedBuff",
@@ -19,6 +22,7 @@ __all__ = [
     "Federation",
     "Hierarchical",
     "Known",
+    "LoAdaBoost",
     "QFedAvg",
     "Sampler",
     "Scaffold",

@@ -53,7 +53,7 @@ def opened(folder: Folder, model: Arrays, sinks: Sequence[Sink]) -> tuple[Commit
     return last, Tracker(folder, *sinks, after=last.time if last else 0.0)
 
 
-def conduct(federation: Federation, model: Arrays, folder: Folder, tracker: Tracker, after: int = 0) -> None:
+def conduct(federation: Federation, model: Arrays, *, folder: Folder, tracker: Tracker, after: int = 0) -> None:
     """Let the job's controller run after the last committed round, and record how it ends.
 
     Raises:

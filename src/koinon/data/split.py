@@ -45,8 +45,8 @@ class Source:
         """The training and the held-out set; from the cache, as memory maps, if this content was read before."""
         if not (cache and self.stored):
             return self.read()
-        arrays, about = disk.keep("columns", self.key(), lambda: _packed(self.read()))
-        return _unpacked(arrays, about, "train"), _unpacked(arrays, about, "test") if "test" in about else None
+        arrays, about = disk.keep("columns", self.key(), lambda: packed(self.read()))
+        return unpacked(arrays, about, "train"), unpacked(arrays, about, "test") if "test" in about else None
 
     def split(
         self,
@@ -330,7 +330,7 @@ def given(pair: Pair) -> Pair:
 
 def pair_key(pair: Pair) -> str:
     """A digest of a pair of sets' whole content."""
-    arrays, about = _packed(pair)
+    arrays, about = packed(pair)
     return disk.digest(repr(about), *arrays, *arrays.values())
 
 
@@ -346,7 +346,8 @@ def _joined(parts: Mapping[str, Dataset], like: Dataset) -> Dataset:
     return Dataset({**columns, "site": names}, like.scale, like.classes)
 
 
-def _packed(pair: Pair) -> disk.Kept:
+def packed(pair: Pair) -> disk.Kept:
+    """Both sets as named arrays, and what else there is to know of them as plain values."""
     arrays: dict[str, Array] = {}
     about: dict[str, Any] = {}
     for part, data in zip(("train", "test"), pair, strict=True):
@@ -356,7 +357,8 @@ def _packed(pair: Pair) -> disk.Kept:
     return arrays, about
 
 
-def _unpacked(arrays: Mapping[str, Array], about: Mapping[str, Any], part: str) -> Dataset:
+def unpacked(arrays: Mapping[str, Array], about: Mapping[str, Any], part: str) -> Dataset:
+    """The set `train` or `test` of what was packed."""
     columns = {name.removeprefix(f"{part}/"): array for name, array in arrays.items() if name.startswith(f"{part}/")}
     scale = {name: (float(factor), float(shift)) for name, (factor, shift) in about[part]["scale"].items()}
     classes = about[part]["classes"]

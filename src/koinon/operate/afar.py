@@ -55,8 +55,7 @@ def run(order: Order, out: Path | None, sinks: Sequence[Sink], *, sites: int | N
     order, names = _asked(order, sites) if order.on == "poc" else (order, None)
     with _kit(order.on, names) as kit:
         opened, link = open_kit(kit), linked(kit)
-        said = {"settings": order.settings, "seed": order.seed, "rounds": order.rounds, "fast": order.fast}
-        job = link.submit(bundle.pack(Path(order.file), opened, sites=names, **said))
+        job = link.submit(bundle.pack(order, opened, sites=names))
         reason = follow(link, job, sinks)
         fetch(link, job, path)
     if reason:

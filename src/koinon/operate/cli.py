@@ -24,6 +24,7 @@ from koinon.operate.words import (
     JobFile,
     On,
     Out,
+    Reproducible,
     Rounds,
     Seed,
     Settings,
@@ -68,12 +69,13 @@ def run(
     seed: Seed = 0,
     fast: Fast = False,
     alone: Alone = False,
+    reproducible: Reproducible = False,
     on: On = "",
     sites: SiteCount = None,
     out: Out = None,
 ) -> None:
     """Run a job: over virtual sites, on this machine or a cluster; or in a federation."""
-    shape: dict[str, Any] = {"rounds": rounds, "fast": fast, "alone": alone, "on": on}
+    shape: dict[str, Any] = {"rounds": rounds, "fast": fast, "alone": alone, "reproducible": reproducible, "on": on}
     order = session.Order(file=str(job), settings=pairs(settings), seed=seed, **shape)
     finish(lambda: afar.anywhere(order, out, [live()], sites=sites))
 

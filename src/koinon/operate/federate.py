@@ -16,8 +16,8 @@ from koinon.errors import KitError, RunError, SettingsError
 from koinon.operate import afar
 from koinon.operate.words import AsJson, show
 from koinon.provision import poc as proof
-from koinon.site import check
 from koinon.site.kit import open_kit
+from koinon.transport import check
 
 app = typer.Typer()
 kit_app = typer.Typer(help="Make a request for a kit with a key of one's own.", no_args_is_help=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from koinon.errors import MissingExtra, RunError, SettingsError
-from koinon.simulate import alone, ray, simulate
+from koinon.simulate import Here, alone, ray, simulate
 from koinon.site import jobfile
 from koinon.task import Job
 from koinon.tracking import Event, Run, Sink, next_free, read, report, state_of
@@ -29,7 +29,9 @@ class Order:
         rounds: instead of the job's own.
         fast: one round of a few batches.
         alone: also train every site alone.
-        on: where, in words: empty for here, a number of processes, `ray`, or a Ray cluster's address.
+        reproducible: to the bits of a real federation.
+        on: where, in words: empty for here, a number of processes, `ray`, a Ray cluster's address, `poc`, or
+            the folder of a kit.
         folder: where the command was given; paths in settings are relative to it.
     """
 
@@ -39,15 +41,14 @@ class Order:
     rounds: int | None = None
     fast: bool = False
     alone: bool = False
+    reproducible: bool = False
     on: str = ""
     folder: str = field(default_factory=lambda: str(Path.cwd()))
 
     def job(self, copy: Path | None = None) -> Job:
         """The job that is ordered, from its file or from a copy of it."""
         file = Path(self.file)
-        job = jobfile.load(copy or file, self.settings, seed=self.seed, home=file.parent)
-        job = job.with_rounds(self.rounds) if self.rounds else job
-        return job.fast() if self.fast else job
+        return jobfile.ordered(self, copy or file, file.parent)
 
     def place(self) -> Any:
         """What `simulate` takes.
@@ -56,10 +57,11 @@ class Order:
             SettingsError: these words name no place.
         """
         if self.on.isdecimal() or not self.on:
-            return int(self.on) if self.on else None
+            return Here(int(self.on) if self.on else None, reproducible=self.reproducible)
         if self.on in ("ray", "auto") or ":" in self.on:
-            return ray(None if self.on == "ray" else self.on)
-        raise SettingsError(f"--on {self.on}: write a number of processes, ray, auto, HOST:PORT or ray://HOST:PORT")
+            return ray(None if self.on == "ray" else self.on, reproducible=self.reproducible)
+        known = "a number of processes, ray, auto, HOST:PORT, ray://HOST:PORT, poc, or the folder of a kit"
+        raise SettingsError(f"--on {self.on}: write {known}")
 
 
 def demo_file() -> Path:

@@ -23,6 +23,7 @@ Rounds = Annotated[int | None, typer.Option(min=1, help="instead of the job's ow
 Seed = Annotated[int, typer.Option(help="of every random stream")]
 Out = Annotated[Path | None, typer.Option(help="the run folder to make; by default the next free one in runs/")]
 Fast = Annotated[bool, typer.Option("--fast", help="one round of a few batches, to see that everything fits")]
+Reproducible = Annotated[bool, typer.Option("--reproducible", help="to the bits of a real federation; slower")]
 Alone = Annotated[bool, typer.Option("--alone", help="also train every site alone: who gains by joining?")]
 AsJson = Annotated[bool, typer.Option("--json", help="for machines")]
 On = Annotated[

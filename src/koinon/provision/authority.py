@@ -26,7 +26,7 @@ def root(folder: Path, project: str) -> Signer:
     name = certificates.name(project, "root")
     if not certificate.exists() and not key.exists():
         private, at = signing.new_key(key), certificates.now()
-        made = certificates.certificate(name, private.public_key(), private, (at, at + ROOT_LIFE), 1)
+        made = certificates.issued(name, private.public_key(), by=private, times=(at, at + ROOT_LIFE), below=1)
         signing.put(certificate, made.public_bytes(Encoding.PEM))
     signer = Signer(certificates.load(certificate)[0], signing.private_key(key))
     if signer.certificate.subject != name:
@@ -44,7 +44,6 @@ def issuer(key: Path, signer: Signer, project: str, days: int) -> str:
     private, at = signing.new_key(key), certificates.now()
     sites = x509.NameConstraints([x509.DirectoryName(certificates.name("", "site"))], None)
     clients = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH])
-    times = (at, min(at + timedelta(days=2 * days), signer.certificate.not_valid_after_utc))
-    name = certificates.name(project, "issuer")
-    made = certificates.certificate(name, private.public_key(), signer, times, 0, [clients, sites])
+    name, times = certificates.name(project, "issuer"), (at, at + timedelta(days=2 * days))
+    made = certificates.issued(name, private.public_key(), by=signer, times=times, below=0, extra=[clients, sites])
     return made.public_bytes(Encoding.PEM).decode()

@@ -104,18 +104,19 @@ def revoke(project: Project, folder: Path, name: str) -> Path:
     Raises:
         KitError: there is no such kit, or it is the server's.
     """
-    _kit(folder, name)
+    kit = _kit(folder, name)
     if name == project.server.name:
         raise KitError("the server is what shuts others out: stop it, and make a new project if its key is lost")
     at, names = certificates.now(), _revoked(folder).names
+    present = certificates.identified(certificates.load(kit / "certificate.pem")[0])
     # The server's clock may be ahead, and what it renewed by that clock must be void too.
-    names = {**names, name: at + certificates.LEEWAY / 2}
+    names = {**names, name: max(at + certificates.LEEWAY / 2, present.since)}
     said = {"issued": at.isoformat(), "names": {name: time.isoformat() for name, time in names.items()}}
     text = json.dumps(signing.signed(said, folder / "root.key"), indent=2).encode()
-    server = folder / "kits" / project.server.name
-    for place in (folder, server):
-        signing.put(place / "revoked.json", text)
-    _pack(server)
+    signing.put(folder / "revoked.json", text)
+    if (server := folder / "kits" / project.server.name).exists():
+        signing.put(server / "revoked.json", text)
+        _pack(server)
     return folder / "revoked.json"
 
 
@@ -153,7 +154,8 @@ def _make(
         made = max(made, void + timedelta(seconds=1))
     hosts = project.server.hosts() if who.role == "server" else ()
     subject, life = certificates.name(*who), timedelta(days=project.days)
-    signing.put(draft / "certificate.pem", signer.leaf(subject, public, made, life, role=who.role, hosts=hosts))
+    chain = signer.leaf(subject, public, made=made, life=life, role=who.role, hosts=hosts)
+    signing.put(draft / "certificate.pem", chain)
     files = templates.files(project, who.name, who.role)
     files["root.pem"] = (folder / "root.pem").read_text()
     if who.role == "server":
@@ -161,11 +163,11 @@ def _make(
         if (folder / "revoked.json").exists():
             signing.put(draft / "revoked.json", (folder / "revoked.json").read_bytes())
     if (draft / "settings.toml").exists():
-        del files["settings.toml"]
+        files.pop("settings.toml", None)  # it is its owner's
     for place, text in files.items():
         (draft / place).parent.mkdir(parents=True, exist_ok=True)
         signing.put(draft / place, text.encode(), 0o755 if place == "start.sh" else 0o644)
-    _seal(project, draft, who, files.keys() - {"settings.toml"}, folder / "root.key")
+    _seal(project, draft, who, sorted(files.keys() - {"settings.toml"}), folder / "root.key")
     _pack(draft, path)
     draft.replace(path)
     return path

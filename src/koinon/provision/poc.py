@@ -20,7 +20,7 @@ from koinon.provision.project import Admin, Project, Server
 from koinon.site.child import environment
 
 SETTINGS = {
-    "server": 'listen = "127.0.0.1:{port}"\nsilence = 10\n[data]\nfrom_job = true\n',
+    "server": 'listen = "127.0.0.1:{port}"\nsilence = 30\n[data]\nfrom_job = true\n',
     "site": "[limits]\nthreads = 1\n",
 }
 """What is otherwise than by default: a job brings its own data, and shares the cores with the others."""

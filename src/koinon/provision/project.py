@@ -20,7 +20,7 @@ ROLES = tuple(role for role in get_args(Role) if role not in ("server", "site"))
 """What an admin may be."""
 
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,46}[A-Za-z0-9])?")
-_HOST = re.compile(r"(?=.{1,253}$)([a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9])?\.?)+", re.IGNORECASE)
+_HOST = re.compile(r"(?!.{254})[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*")
 
 
 class Server(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

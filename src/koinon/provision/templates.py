@@ -37,8 +37,7 @@ exec "${KOINON:-koinon}" @role@ --kit . "$@"
 """
 
 UNIT = """\
-# Copy it to /etc/systemd/system/ and change the copy: where the kit lies (three lines), who runs it, and where
-# Koinon is installed.
+# Copy it to /etc/systemd/system/ and change the copy: where the kit lies, who runs it, where Koinon is installed.
 [Unit]
 Description=Koinon @role@ @name@ of project @project@
 Wants=network-online.target
@@ -46,15 +45,14 @@ After=network-online.target
 
 [Service]
 User=koinon
-WorkingDirectory=/opt/koinon/@name@
-ExecStart=/opt/koinon/@name@/start.sh
-ReadWritePaths=/opt/koinon/@name@
 Environment=KOINON=/opt/koinon/venv/bin/koinon
 # Environment=https_proxy=http://proxy.example.org:3128
+ExecStart=/opt/koinon/@name@/start.sh
+ReadWritePaths=/opt/koinon/@name@
 Restart=always
 RestartSec=5
-TimeoutStopSec=60
 KillMode=mixed
+TimeoutStopSec=60
 NoNewPrivileges=yes
 PrivateTmp=yes
 ProtectSystem=strict
@@ -65,7 +63,7 @@ WantedBy=multi-user.target
 """
 
 COMPOSE = """\
-# docker compose up --build --detach; changes go into compose.override.yaml beside it.
+# docker compose up --build --detach; what you want otherwise goes into compose.override.yaml beside it.
 services:
   @role@:
     image: koinon:@version@
@@ -73,14 +71,14 @@ services:
       dockerfile_inline: |
         FROM python:3.12-slim
         RUN pip install --no-cache-dir "koinon[${KOINON_EXTRAS:-torch}]==@version@"
-    command: ["koinon", "@role@", "--kit", "/kit"]
-    user: "${KOINON_USER:-1000:1000}"
-    init: true
+    command: [koinon, @role@, --kit, /kit]
+    volumes: [".:/kit"]
+    user: "${KOINON_USER:-1000:1000}" # whose the kit's files are
+    environment: [HOME=/tmp, https_proxy]
+    security_opt: ["no-new-privileges:true"]
     restart: unless-stopped
     stop_grace_period: 60s
-    security_opt: ["no-new-privileges:true"]
-    environment: ["HOME=/tmp", "https_proxy"]
-    volumes: [".:/kit"]
+    init: true
 """
 
 PORTS = """\
@@ -88,13 +86,11 @@ PORTS = """\
 """
 
 SITE = """\
-# Site '@name@'. This file is yours: nobody else can change it, and no job can overrule it.
+# Site '@name@'. This file is yours: nobody else can change it, and no job overrules it.
 
-# Whose jobs run here: "*" (any of the project's leads and administrators), their names, "role:lead", "organisation:X".
+# Whose jobs run here: "*" is everybody whom the project lets submit; or names, "role:lead", "organisation:X".
 accept = ["*"]
-
-# Free space, in GB, below which no work is taken.
-disk_gb = 1
+disk_gb = 1 # free space below which no work is taken
 
 # What jobs find under which name. Without it a job must bring its data itself.
 [data]
@@ -112,23 +108,20 @@ disk_gb = 1
 
 SERVER = """\
 # Server '@name@'.
-
 listen = "0.0.0.0:@port@"
+# store = "postgresql://koinon@localhost/koinon" # by default SQLite in run/
 
-# Where jobs and results are kept: by default SQLite in run/.
-# store = "postgresql://koinon@localhost/koinon"
-
-# Seconds: how long a site may be silent before a round goes on without it, how long a site may work on a task, and
-# how long a round may take.
+# Seconds: how long a site may be silent before a round goes on without it, how long it may work on a task, and how
+# long a round may take.
 silence = 60
 standstill = 3600
 round = 86400
 
 jobs_at_once = 4
 largest_gb = 16 # an answer's size
-disk_gb = 1     # free space below which nothing is taken
+disk_gb = 1 # free space below which nothing is taken
 
-# Held-out data to judge models by, or from_job = true.
+# Held-out data to judge models by; or from_job = true.
 [data]
 # test = "/data/test.parquet"
 """
@@ -143,109 +136,68 @@ appVersion: "@version@"
 """
 
 VALUES = """\
-# The kit as a secret, made once in the folder of the kit, and again after a renewal or a revocation:
+# The kit is a secret, made in the kit's folder, and again after a renewal or a revocation:
 #   kubectl create secret generic @name@-kit --from-file=. --dry-run=client -o yaml | kubectl apply -f -
 #   kubectl rollout restart deployment/RELEASE
 kit: @name@-kit
 image: koinon:@version@
 port: @port@
-service: LoadBalancer # it must hand on TLS as it is: the sites' certificates end at the server
+service: LoadBalancer # it must hand on TLS as it is: a site's certificate is checked by the server itself
 storage: 50Gi
 memory: 4Gi
-cpu: "1"
 """
 
 RESOURCES = """\
 apiVersion: v1
 kind: PersistentVolumeClaim
-metadata:
-  name: "{{ .Release.Name }}"
+metadata: { name: "{{ .Release.Name }}" }
 spec:
   accessModes: [ReadWriteOnce]
-  resources:
-    requests:
-      storage: "{{ .Values.storage }}"
+  resources: { requests: { storage: "{{ .Values.storage }}" } }
 ---
 apiVersion: v1
 kind: Service
-metadata:
-  name: "{{ .Release.Name }}"
+metadata: { name: "{{ .Release.Name }}" }
 spec:
   type: "{{ .Values.service }}"
-  selector:
-    app.kubernetes.io/instance: "{{ .Release.Name }}"
-  ports:
-    - name: https
-      port: {{ .Values.port }}
-      targetPort: https
+  selector: { app.kubernetes.io/instance: "{{ .Release.Name }}" }
+  ports: [{ name: https, port: {{ .Values.port }}, targetPort: https }]
 ---
 apiVersion: apps/v1
 kind: Deployment
-metadata:
-  name: "{{ .Release.Name }}"
+metadata: { name: "{{ .Release.Name }}" }
 spec:
   replicas: 1
-  strategy:
-    type: Recreate # two servers on one store would be two truths
-  selector:
-    matchLabels:
-      app.kubernetes.io/instance: "{{ .Release.Name }}"
+  strategy: { type: Recreate } # never two servers over one store
+  selector: { matchLabels: { app.kubernetes.io/instance: "{{ .Release.Name }}" } }
   template:
-    metadata:
-      labels:
-        app.kubernetes.io/instance: "{{ .Release.Name }}"
-        app.kubernetes.io/name: koinon-server
+    metadata: { labels: { app.kubernetes.io/instance: "{{ .Release.Name }}" } }
     spec:
       automountServiceAccountToken: false
-      securityContext:
-        runAsNonRoot: true
-        runAsUser: 1000
-        runAsGroup: 1000
-        fsGroup: 1000
+      securityContext: { runAsNonRoot: true, runAsUser: 1000, runAsGroup: 1000, fsGroup: 1000 }
+      volumes:
+        - { name: secret, secret: { secretName: "{{ .Values.kit }}" } }
+        - { name: kit, persistentVolumeClaim: { claimName: "{{ .Release.Name }}" } }
       initContainers:
-        - name: kit # a secret's files can be read by a group; a kit's keys may not be
+        - name: kit # a secret's files can be read by their group, and a kit's keys must not be
           image: "{{ .Values.image }}"
           command: [sh, -c, "umask 077 && cp -fL /secret/* /kit/ && chmod 600 /kit/*.pem /kit/*.key"]
-          volumeMounts:
-            - { name: secret, mountPath: /secret, readOnly: true }
-            - { name: kit, mountPath: /kit }
+          volumeMounts: [{ name: secret, mountPath: /secret, readOnly: true }, { name: kit, mountPath: /kit }]
       containers:
         - name: server
           image: "{{ .Values.image }}"
           command: [koinon, server, --kit, /kit, --log, json, --status-port, "9090"]
-          env:
-            - { name: HOME, value: /tmp }
-          ports:
-            - { name: https, containerPort: {{ .Values.port }} }
-          startupProbe: # /healthz listens within the pod only
+          env: [{ name: HOME, value: /tmp }]
+          volumeMounts: [{ name: kit, mountPath: /kit }]
+          ports: [{ name: https, containerPort: {{ .Values.port }} }]
+          resources: { requests: { memory: "{{ .Values.memory }}" }, limits: { memory: "{{ .Values.memory }}" } }
+          securityContext: { allowPrivilegeEscalation: false, capabilities: { drop: [ALL] } }
+          startupProbe: # only the pod itself can ask for /healthz
             exec: &ask
               command: [python, -c, "import urllib.request as r; r.urlopen('http://127.0.0.1:9090/healthz', timeout=5)"]
             timeoutSeconds: 10
             periodSeconds: 5
             failureThreshold: 24
-          livenessProbe:
-            exec: *ask
-            timeoutSeconds: 10
-            periodSeconds: 30
-            failureThreshold: 4
-          readinessProbe:
-            exec: *ask
-            timeoutSeconds: 10
-            periodSeconds: 10
-            failureThreshold: 2
-          resources:
-            requests: { cpu: "{{ .Values.cpu }}", memory: "{{ .Values.memory }}" }
-            limits: { memory: "{{ .Values.memory }}" }
-          securityContext:
-            allowPrivilegeEscalation: false
-            capabilities: { drop: [ALL] }
-          volumeMounts:
-            - { name: kit, mountPath: /kit }
-      volumes:
-        - name: secret
-          secret:
-            secretName: "{{ .Values.kit }}"
-        - name: kit
-          persistentVolumeClaim:
-            claimName: "{{ .Release.Name }}"
+          livenessProbe: { exec: *ask, timeoutSeconds: 10, periodSeconds: 30, failureThreshold: 4 }
+          readinessProbe: { exec: *ask, timeoutSeconds: 10, periodSeconds: 10, failureThreshold: 2 }
 """

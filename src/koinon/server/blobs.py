@@ -12,11 +12,8 @@ import hashlib
 import os
 import uuid
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-
-PIECE = 1 << 20
-"""Bytes that are read from a file at once."""
 
 REMEMBERED = 1000
 """So many cut arrivals are not read again when they go on."""
@@ -27,10 +24,16 @@ def place(*names: str) -> str:
     return hashlib.sha256("\0".join(names).encode()).hexdigest()[:32]
 
 
-def digest(path: Path) -> str:
-    """SHA-256 of a file, as hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def measured(path: Path) -> tuple[str, int]:
+    """SHA-256 of a file, as hexadecimal digits, and its size in bytes; from then on it is on the disk.
+
+    Raises:
+        OSError: there is none, or it is a link.
+    """
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+        os.fsync(file.fileno())
+        return found, file.tell()
 
 
 def sync(path: Path) -> None:
@@ -78,10 +81,8 @@ class Blobs:
         path.unlink(missing_ok=True)
 
     def _link(self, path: Path, digest: str) -> None:
-        try:
+        with suppress(FileExistsError):  # the same bytes, as the name says
             os.link(path, self.path(digest))
-        except FileExistsError:
-            pass  # the same bytes, as the name says
 
     def drop(self, digest: str) -> None:
         """Remove a blob."""

@@ -58,7 +58,7 @@ def _run(line: child.Parent, order: dict[str, Any], run: Path) -> None:
         federation = Federation(
             job, parties, transport=transport, store=folder, tracker=tracker, seed=manifest.seed, last=last
         )
-        conduct(federation, model, folder, tracker, last.round if last else 0)
+        conduct(federation, model, folder=folder, tracker=tracker, after=last.round if last else 0)
 
 
 def _home(job: Job, settings: dict[str, Any], seed: int) -> Callable[[Task], Result] | None:

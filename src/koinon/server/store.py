@@ -16,32 +16,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import (
-    JSON,
-    BigInteger,
-    Boolean,
-    Column,
-    Engine,
-    Float,
-    Index,
-    Integer,
-    MetaData,
-    RowMapping,
-    String,
-    Table,
-    Text,
-    create_engine,
-    event,
-    select,
-    union,
-)
+import sqlalchemy as sa
+from sqlalchemy import JSON, BigInteger, Boolean, Column, Float, Index, Integer, String, Table, Text, select, union
 from sqlalchemy.exc import ArgumentError, OperationalError
 
 from koinon.errors import SettingsError, extra
 from koinon.server.blobs import Blobs, place
 from koinon.task import JobState, Verdict
 
-_META = MetaData()
+_META = sa.MetaData()
 _JOBS = Table(
     "jobs",
     _META,
@@ -208,11 +191,13 @@ class Store:
             self._release(self._digests(entry.id))
         return after
 
-    def committed(self, entry: Entry, round: int, keys: Sequence[str]) -> Entry:
-        """A round is durable: these closed tasks are done, and their answers needed no more."""
+    def committed(self, entry: Entry, round: int) -> Entry:
+        """A round is durable: what was closed up to it is done, and the answers are needed no more."""
+        closed = (_TASKS.c.job == entry.id, _TASKS.c.state == "closed", _TASKS.c.round <= round)
         with self._engine.begin() as db:
+            keys = list(db.scalars(select(_TASKS.c.key).where(*closed)))
             db.execute(_JOBS.update().where(_JOBS.c.id == entry.id).values(round=round))
-            db.execute(_TASKS.update().where(_TASKS.c.job == entry.id, _TASKS.c.key.in_(keys)).values(state="done"))
+            db.execute(_TASKS.update().where(*closed).values(state="done"))
         self._release(self._digests(entry.id, keys))
         return replace(entry, round=round)
 
@@ -225,14 +210,16 @@ class Store:
         """
         same = (_TASKS.c.job == task.job, _TASKS.c.id == task.id)
         with self.blobs.keeping(payload, task.digest), self._engine.begin() as db:
-            keys = list(db.scalars(select(_TASKS.c.key).where(*same, _TASKS.c.state != "done")))
-            known = db.scalar(select(_TASKS.c.key).where(*same, _TASKS.c.key == task.key))
-            db.execute(_TASKS.update().where(*same, _TASKS.c.key != task.key).values(state="done"))
-            if known:
-                db.execute(_TASKS.update().where(*same, _TASKS.c.key == task.key).values(state="open"))
+            states = {row.key: row.state for row in db.execute(select(_TASKS.c.key, _TASKS.c.state).where(*same))}
+            replaced = [key for key, state in states.items() if key != task.key and state != "done"]
+            db.execute(_TASKS.update().where(*same, _TASKS.c.key.in_(replaced)).values(state="done"))
+            if states.get(task.key) == "done":  # its commit was lost, and so are the answers
+                db.execute(_RESULTS.delete().where(_RESULTS.c.job == task.job, _RESULTS.c.task == task.key))
+            if task.key in states:
+                db.execute(_TASKS.update().where(*_is(task.job, task.key)).values(state="open"))
             else:
                 db.execute(_TASKS.insert().values(**vars(task), key=task.key, posted=time.time()))
-        self._release(self._digests(task.job, [key for key in keys if key != task.key]))
+        self._release(self._digests(task.job, replaced))
         return self.answers(task.job, task.key)
 
     def close_task(self, task: Posted) -> None:
@@ -274,11 +261,9 @@ class Store:
         return verdict
 
     def verdict(self, answer: Answer) -> Verdict:
-        """What would become of an answer now; `accepted`, too, of one that was accepted with these very bytes."""
+        """What would become of an answer now."""
         with self._engine.begin() as db:
-            verdict = self._verdict(db, answer)
-            held = select(_RESULTS.c.digest).where(*_by(answer))
-            return "accepted" if verdict == "duplicate" and db.scalar(held) == answer.digest else verdict
+            return self._verdict(db, answer)
 
     def answers(self, job: str, key: str | None = None) -> list[Answer]:
         """Those of one task, or of all open and closed ones of a job, in the order in which they came."""
@@ -359,7 +344,7 @@ def _named() -> Any:
     return union(select(_JOBS.c.bundle.label("digest")), live, answers)
 
 
-def _posted(row: RowMapping) -> Posted:
+def _posted(row: sa.RowMapping) -> Posted:
     return Posted(**{name: row[name] for name in Posted.__dataclass_fields__})
 
 
@@ -371,19 +356,19 @@ def _by(answer: Answer) -> tuple[Any, ...]:
     return _RESULTS.c.job == answer.job, _RESULTS.c.task == answer.task, _RESULTS.c.site == answer.site
 
 
-def _engine(url: str) -> Engine:
+def _engine(url: str) -> sa.Engine:
     if url.startswith("postgresql:"):
         extra("psycopg", "postgresql")
         url = url.replace("postgresql:", "postgresql+psycopg:", 1)
     try:
-        engine = create_engine(url, pool_size=1, max_overflow=0, pool_pre_ping="sqlite" not in url)
+        engine = sa.create_engine(url, pool_size=1, max_overflow=0, pool_pre_ping="sqlite" not in url)
     except (ArgumentError, ImportError) as cause:
         raise SettingsError(
             f"the store's URL is none that is known: sqlite:///PATH or postgresql://…; {cause}"
         ) from cause
     if engine.dialect.name == "sqlite":
-        event.listen(engine, "connect", _durable)
-        event.listen(engine, "begin", lambda db: db.exec_driver_sql("BEGIN IMMEDIATE"))
+        sa.event.listen(engine, "connect", _durable)
+        sa.event.listen(engine, "begin", lambda db: db.exec_driver_sql("BEGIN IMMEDIATE"))
     return engine
 
 

@@ -108,7 +108,7 @@ def simulate(
             clock=max(clock, default=0.0),
         )
         federation = Federation(job, parties, transport=transport, store=folder, tracker=tracker, seed=seed, last=last)
-        conduct(federation, model, folder, tracker, after)
+        conduct(federation, model, folder=folder, tracker=tracker, after=after)
     return tracking.read(path)
 
 

@@ -152,7 +152,7 @@ def check(source: bytes | Path, root: bytes, revoked: Revoked) -> Manifest:
     said, found = _said(files.pop(MANIFEST, b""))
     try:
         who = certificates.verify(found.submitter.encode(), root, direct=True)
-    except KoinonError as cause:
+    except (KoinonError, ValueError) as cause:
         raise Refused(f"the bundle's submitter: {cause}") from cause
     if who.role not in SUBMITTERS:
         raise Refused(f"the bundle was signed by {who.role} '{who.name}', who may not submit jobs")

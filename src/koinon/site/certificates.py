@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
@@ -66,6 +66,23 @@ def identity(der: bytes) -> Identity:
         return identified(x509.load_der_x509_certificate(der))
     except signing.UNREADABLE as cause:
         raise Refused(f"this is no certificate: {cause}") from cause
+
+
+def identified(leaf: x509.Certificate) -> Identity:
+    """Whom a certificate names; it is not verified here.
+
+    Raises:
+        Refused: it is none of Koinon's.
+    """
+
+    def said(kind: x509.ObjectIdentifier) -> str:
+        return "".join(str(entry.value) for entry in leaf.subject.get_attributes_for_oid(kind))
+
+    role, who = said(NameOID.ORGANIZATIONAL_UNIT_NAME), said(NameOID.COMMON_NAME)
+    if role not in get_args(Role) or not who:
+        raise Refused(f"the certificate of '{leaf.subject.rfc4514_string()}' names no role that Koinon knows")
+    since, until = leaf.not_valid_before_utc + LEEWAY, leaf.not_valid_after_utc
+    return Identity(who, cast(Role, role), said(NameOID.ORGANIZATION_NAME), leaf.serial_number, since, until)
 
 
 def verify(chain: bytes, root: bytes, *, direct: bool = False, at: datetime | None = None) -> Identity:
@@ -126,13 +143,12 @@ class Revoked:
             Refused: the root, a PEM certificate, did not sign it.
         """
         try:
-            if isinstance(source, Path):
-                source = source.read_text() if source.exists() else ""
-            if not source:
+            if not source or (isinstance(source, Path) and not source.exists()):
                 return Revoked({}, datetime.min.replace(tzinfo=UTC))
-            value = signing.unsigned(json.loads(source), root)
+            text = source.read_text() if isinstance(source, Path) else source
+            value = signing.unsigned(json.loads(text), root)
             names = {str(name): datetime.fromisoformat(time) for name, time in value["names"].items()}
-            return Revoked(names, datetime.fromisoformat(value["issued"]), source)
+            return Revoked(names, datetime.fromisoformat(value["issued"]), text)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as cause:
             raise Refused(f"this is no list of revoked names: {cause}") from cause
 
@@ -146,7 +162,12 @@ class Revoked:
 
 def request(key: ec.EllipticCurvePrivateKey, subject: x509.Name) -> bytes:
     """A request, in PEM form, for a certificate that names `subject`, signed with the key that it is for."""
-    return x509.CertificateSigningRequestBuilder().subject_name(subject).sign(key, hashes.SHA256()).public_bytes(_PEM)
+    return (
+        x509.CertificateSigningRequestBuilder()
+        .subject_name(subject)
+        .sign(key, hashes.SHA256())
+        .public_bytes(Encoding.PEM)
+    )
 
 
 def requested(data: bytes) -> tuple[x509.Name, ec.EllipticCurvePublicKey]:
@@ -167,7 +188,7 @@ def requested(data: bytes) -> tuple[x509.Name, ec.EllipticCurvePublicKey]:
     return subject, key
 
 
-def renew(issuer: Path, data: bytes, who: Identity, revoked: Revoked, at: datetime | None = None) -> bytes:
+def renew(issuer: Path, data: bytes, who: Identity, revoked: Revoked) -> bytes:
     """A site's next certificate, with the issuer after it, in PEM form: for the same name and organisation.
 
     It lives half as long as the issuer, which is as long as the project gives certificates.
@@ -177,13 +198,11 @@ def renew(issuer: Path, data: bytes, who: Identity, revoked: Revoked, at: dateti
         data: the site's request.
         who: whom the certificate names with which the site came.
         revoked: who was shut out.
-        at: when it is made; by default now.
 
     Raises:
         Refused: it is no site, was revoked, has expired, or asks for something else than it is.
     """
-    at = at or now()
-    subject, key = requested(data)
+    (subject, key), at = requested(data), now()
     if why := revoked.refuses(who):
         raise Refused(why)
     if who.role != "site":
@@ -197,7 +216,7 @@ def renew(issuer: Path, data: bytes, who: Identity, revoked: Revoked, at: dateti
     if at > until:
         raise Refused("the server cannot renew any more; its operator has to: `koinon provision --renew SERVER`")
     signer = Signer(parent, signing.private_key(issuer.with_suffix(".key")))
-    return signer.leaf(subject, key, at, (until - since) / 2) + issuer.read_bytes()
+    return signer.leaf(subject, key, made=at, life=(until - since) / 2) + issuer.read_bytes()
 
 
 @dataclass(frozen=True)
@@ -211,36 +230,45 @@ class Signer:
         self,
         subject: x509.Name,
         key: ec.EllipticCurvePublicKey,
+        *,
         made: datetime,
         life: timedelta,
-        *,
         role: Role = "site",
         hosts: Sequence[x509.GeneralName] = (),
     ) -> bytes:
         """A participant's certificate in PEM form; `hosts` are the addresses of a server."""
-        until = min(made + life, self.certificate.not_valid_after_utc)
         extra: list[x509.ExtensionType] = [x509.ExtendedKeyUsage([_usage(role)])]
         extra += [x509.SubjectAlternativeName(hosts)] if hosts else []
-        return certificate(subject, key, self, (made, until), None, extra).public_bytes(_PEM)
+        return issued(subject, key, by=self, times=(made, made + life), extra=extra).public_bytes(Encoding.PEM)
 
 
-def certificate(
+def issued(
     subject: x509.Name,
     key: ec.EllipticCurvePublicKey,
-    signer: Signer | ec.EllipticCurvePrivateKey,
+    *,
+    by: Signer | ec.EllipticCurvePrivateKey,
     times: tuple[datetime, datetime],
-    below: int | None,
+    below: int | None = None,
     extra: Sequence[x509.ExtensionType] = (),
 ) -> x509.Certificate:
-    """A certificate; `below` says how many issuers may follow it, None that it signs nothing."""
-    issuer = signer.certificate.subject if isinstance(signer, Signer) else subject
-    private = signer.key if isinstance(signer, Signer) else signer
+    """A certificate that ends with its signer's at the latest, or signs itself.
+
+    Args:
+        subject: whom it names.
+        key: its owner's.
+        by: the signer; a root's own key.
+        times: when it is made, and when it ends.
+        below: how many issuers may come between it and a participant; None if it signs nothing.
+        extra: what else it says.
+    """
+    issuer, private = (by.certificate.subject, by.key) if isinstance(by, Signer) else (subject, by)
+    until = min(times[1], by.certificate.not_valid_after_utc) if isinstance(by, Signer) else times[1]
     signs = below is not None
     usage = x509.KeyUsage(not signs, False, False, False, False, signs, signs, False, False)
     builder = (
         x509.CertificateBuilder(issuer, subject, key, x509.random_serial_number())
         .not_valid_before(times[0] - LEEWAY)
-        .not_valid_after(times[1])
+        .not_valid_after(until)
         .add_extension(x509.BasicConstraints(signs, below), critical=True)
         .add_extension(usage, critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
@@ -273,25 +301,11 @@ def load(path: Path) -> list[x509.Certificate]:
         KitError: there is none.
     """
     try:
-        return x509.load_pem_x509_certificates(path.read_bytes())
+        found = x509.load_pem_x509_certificates(path.read_bytes())
+        return [one for one in found if one.public_key()]  # a damaged key is noticed only when it is asked for
     except (OSError, *signing.UNREADABLE) as cause:
         raise KitError(f"'{path}' holds no certificate: {cause}") from cause
 
 
-_PEM = Encoding.PEM
-
-
 def _usage(role: str) -> x509.ObjectIdentifier:
     return ExtendedKeyUsageOID.SERVER_AUTH if role == "server" else ExtendedKeyUsageOID.CLIENT_AUTH
-
-
-def identified(leaf: x509.Certificate) -> Identity:
-    def said(kind: x509.ObjectIdentifier) -> str:
-        return "".join(str(entry.value) for entry in leaf.subject.get_attributes_for_oid(kind))
-
-    role, who = said(NameOID.ORGANIZATIONAL_UNIT_NAME), said(NameOID.COMMON_NAME)
-    if role not in get_args(Role) or not who:
-        raise Refused(f"the certificate of '{leaf.subject.rfc4514_string()}' names no role that Koinon knows")
-    since, until = leaf.not_valid_before_utc + LEEWAY, leaf.not_valid_after_utc
-    organisation = said(NameOID.ORGANIZATION_NAME)
-    return Identity(who, role, organisation, leaf.serial_number, since, until)  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ import tomllib
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 from cryptography import x509
@@ -50,7 +50,8 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-Positive, Size = Annotated[float, msgspec.Meta(gt=0)], Annotated[float, msgspec.Meta(ge=0)]
+Positive: TypeAlias = Annotated[float, msgspec.Meta(gt=0)]
+Size: TypeAlias = Annotated[float, msgspec.Meta(ge=0)]
 
 
 @dataclass(frozen=True)
@@ -179,9 +180,7 @@ def open_kit(path: str | Path, *, at: datetime | None = None) -> Kit:
         if pair[0] == kit.certificate or "issuer.pem" in said.files:
             _fits(*pair)
     _in_date(kit, at or certificates.now())
-    who = _verified(kit, kit.certificate.read_bytes(), at)
-    if (who.name, who.role, who.organisation) != (kit.name, kit.role, kit.organisation):
-        raise KitError(f"'{kit.certificate}' is that of {who.role} '{who.name}', not of {kit.role} '{kit.name}'")
+    _owned(kit, kit.certificate.read_bytes(), at, f"'{kit.certificate}'")
     try:
         revoked(kit)
     except Refused as cause:
@@ -248,9 +247,7 @@ def install(kit: Kit, chain: bytes) -> None:
     Raises:
         KitError: it is not of this project, not this owner's, or not this key's.
     """
-    who = _verified(kit, chain, None)
-    if (who.name, who.role, who.organisation) != (kit.name, kit.role, kit.organisation):
-        raise KitError(f"the new certificate is that of {who.role} '{who.name}', not of {kit.role} '{kit.name}'")
+    _owned(kit, chain, None, "the new certificate")
     if x509.load_pem_x509_certificate(chain).public_key() != signing.private_key(kit.key).public_key():
         raise KitError(f"the new certificate of '{kit.name}' is for another key than '{kit.key}'")
     signing.put(kit.certificate, chain)
@@ -270,7 +267,8 @@ def _manifest(folder: Path) -> Manifest:
         if not file.is_file() and name in ("root.pem", "issuer.pem"):
             raise KitError(f"'{file}' is missing: take it from the original kit, or ask the operator for a new kit")
         if file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() != said.files[name]:
-            raise KitError(f"'{file}' {changed}")
+            other = f" or '{folder / 'kit.json'}'" if name == "root.pem" else ""
+            raise KitError(f"'{file}'{other} {changed}")
         if name == "root.pem":
             try:
                 signing.unsigned(text, file.read_bytes())
@@ -298,11 +296,13 @@ def _in_date(kit: Kit, at: datetime) -> None:
             raise KitError(f"'{kit.certificate}' expired at {until:%Y-%m-%d %H:%M} UTC; {clock}; {remedy}")
 
 
-def _verified(kit: Kit, chain: bytes, at: datetime | None) -> Identity:
+def _owned(kit: Kit, chain: bytes, at: datetime | None, what: str) -> None:
     try:
-        return verify(chain, kit.root.read_bytes(), at=at)
+        who = verify(chain, kit.root.read_bytes(), at=at)
     except Refused as cause:
-        raise KitError(f"'{kit.certificate}': {cause}") from cause
+        raise KitError(f"{what}: {cause}") from cause
+    if (who.name, who.role, who.organisation) != (kit.name, kit.role, kit.organisation):
+        raise KitError(f"{what} is that of {who.role} '{who.name}', not of {kit.role} '{kit.name}'")
 
 
 def _known_keys(given: Any, kind: Any, place: str) -> None:

@@ -23,6 +23,13 @@ CREATE, ADD, RESTRICT = 444, 445, 446
 BITS = {1: 13, 2: 14, 3: 15}
 """How many rights over files each version of the interface knows; from version 5 there are 16."""
 
+FILE, LIST = 0b1100_0000_0000_0111, 0b1000
+"""The rights that there are over a file; and the one to see a folder's names, which is given everywhere."""
+
+OWNERS = (0, 1, 3, 5)
+"""Of root's capabilities those that it keeps: over files and processes that are there anyway.  With the others it could
+make a device of the disk, or read the memory of whoever started it."""
+
 
 def version() -> int:
     """Of the kernel's interface; 0 where there is none."""
@@ -40,16 +47,18 @@ def hide(files: Sequence[Path]) -> bool:
     known = version()
     if not files or not known:
         return not files
-    libc = ctypes.CDLL(None, use_errno=True)
+    libc = ctypes.CDLL(None)
+    for capability in set(range(64)).difference(OWNERS):
+        libc.prctl(24, capability, 0, 0, 0)  # for the programs that it becomes
     rights = (1 << BITS.get(known, 15 if known == 4 else 16)) - 1
     ruleset = libc.syscall(CREATE, ctypes.byref(ctypes.c_uint64(rights)), ctypes.c_size_t(8), 0)
-    for path in beside([file.resolve() for file in files]):
+    allowed = {path: rights if path.is_dir() else rights & FILE for path in beside([file.resolve() for file in files])}
+    for path, given in {Path("/"): LIST, **allowed}.items():
         try:
             place = os.open(path, os.O_PATH | os.O_CLOEXEC)
         except OSError:
             continue  # it is gone, or was never to be had
-        allowed = rights if path.is_dir() else rights & 0b1100_0000_0000_0111
-        libc.syscall(ADD, ruleset, 1, ctypes.byref(_Beneath(allowed, place)), 0)
+        libc.syscall(ADD, ruleset, 1, ctypes.byref(_Beneath(given, place)), 0)
         os.close(place)
     done = libc.prctl(38, 1, 0, 0, 0) == 0 and libc.syscall(RESTRICT, ruleset, 0) == 0  # 38: no new privileges
     os.close(ruleset)

@@ -26,7 +26,10 @@ from cryptography.hazmat.primitives.serialization import (
 
 from koinon.errors import KitError, Refused
 
-UNREADABLE = (ValueError, TypeError, UnsupportedAlgorithm, x509.DuplicateExtension, x509.UnsupportedGeneralNameType)
+UNREADABLE = (
+    *(ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion),
+    *(x509.DuplicateExtension, x509.UnsupportedGeneralNameType),
+)
 """What `cryptography` raises for certificates, requests and keys that are none, or not of a kind that it knows."""
 
 _ECDSA = ec.ECDSA(hashes.SHA256())

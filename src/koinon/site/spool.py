@@ -1,10 +1,10 @@
 """What a site keeps on its disk, so that it may be killed at any moment.
 
-run/over                the ids of jobs that have ended here
-run/blobs/              payloads, by their digests
-run/jobs/<job>/         bundle.zip, and its content in code/, where state.safetensors is what the site remembers
-               work/    where the job's process works, with its log.txt
-               spool/   <task>.json says what <task>.answer is, and is written last; <task>.state goes with it
+run/over                  the ids of jobs that have ended here
+run/jobs/<job>/           bundle.zip, and its content in code/, where state.safetensors is what the site remembers
+           payloads/      by their digests
+           work/          where the job's process works, with its log.txt
+           spool/         <task>.json says what <task>.answer is, and is written last; <task>.state goes with it
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,10 @@ import msgspec
 
 from koinon.site import signing
 from koinon.task.errands import Answer, file_name
+from koinon.task.wire import Assignment
 
-REASON, TRACEBACK = 4_000, 50_000
-"""Characters of a failure that travel."""
+REASON, TRACEBACK = 2_000, 8_000
+"""Characters of a failure that travel: less than 64 KiB however they are written."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +35,7 @@ class Spool:
     run: Path
 
     def __post_init__(self) -> None:
-        for folder in (self.run / "jobs", self.blobs):
-            folder.mkdir(parents=True, exist_ok=True)
-
-    @property
-    def blobs(self) -> Path:
-        """Where payloads are kept."""
-        return self.run / "blobs"
+        (self.run / "jobs").mkdir(parents=True, exist_ok=True)
 
     def job(self, job: str) -> Path:
         """A job's folder."""
@@ -49,11 +45,9 @@ class Spool:
 
     def found(self) -> tuple[list[Answer], list[str], list[str]]:
         """What a restarted site finds: whole answers, jobs, and jobs that were over.  What is not whole goes."""
-        answers = []
+        answers: list[Answer] = []
         jobs = sorted(path.name for path in (self.run / "jobs").iterdir())
         for job in jobs:
-            for desk in self.job(job).glob("work/desk-*"):
-                shutil.rmtree(desk, ignore_errors=True)
             kept = {self._record(answer): answer for answer in self._answers(job)}
             answers += kept.values()
             for path in self._spool(job).glob("*"):
@@ -129,15 +123,26 @@ class Spool:
         if self.job(job).exists():
             shutil.rmtree(self.job(job))
 
-    def sweep(self, needed: set[str]) -> None:
-        """Delete the payloads that nobody needs, and what was fetched of them."""
-        for path in self.blobs.iterdir():
-            if path.name.removesuffix(".part") not in needed:
-                path.unlink(missing_ok=True)
+    def desk(self, job: str) -> Path:
+        """A new folder in which the job's process leaves what it has done: not even a stray older one knows it."""
+        work = self.job(job) / "work"
+        work.mkdir(exist_ok=True)
+        for desk in work.glob("desk-*"):
+            shutil.rmtree(desk, ignore_errors=True)
+        return Path(tempfile.mkdtemp(prefix="desk-", dir=work))
+
+    def payload(self, asked: Assignment, needed: Collection[str]) -> Path:
+        """Where a task's payload belongs; of the job's others, those that are not needed go if it is not there yet."""
+        path = self.job(asked.job) / "payloads" / asked.digest
+        path.parent.mkdir(exist_ok=True)
+        for other in path.parent.iterdir() if not path.exists() else ():
+            if other.name.removesuffix(".part") not in needed:
+                other.unlink()
+        return path
 
     def free_gb(self) -> float:
         """Of the disk."""
-        return shutil.disk_usage(self.run).free / (1 << 30)
+        return shutil.disk_usage(self.run).free / 1e9
 
     def _spool(self, job: str) -> Path:
         return self.job(job) / "spool"

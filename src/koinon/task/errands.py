@@ -132,31 +132,26 @@ class Errands:
 
     # -- what happened ---------------------------------------------------------------------------------------
 
-    def hear(self, orders: Orders) -> None:
+    def hear(self, orders: Orders) -> bool:
         """Take the server's orders, all or none; what is held already is not begun again.
+
+        Returns:
+            Whether they said anything new.
 
         Raises:
             Refused: they name something that cannot be.
         """
         for one in orders.assignments:
             _check(one)
-        for name, tasks in orders.dropped.items():
-            for task in tasks:
-                if name in self._jobs and (errand := self._jobs[name].live(task)):
-                    errand.dropped = True
-        for name in orders.ended:
-            if job := self._jobs.get(name):
-                job.ended = True
-                for errand in job.errands:
-                    errand.dropped = True
-        for one in orders.assignments:
-            job = self._jobs.setdefault(one.job, _Job())
-            held = job.live(one.task)
-            if held and held.digest == one.digest:
-                continue
-            if held:  # the server was restarted, and asks the same of another model
-                held.dropped = True
-            job.errands.append(_Errand(one.task, one.digest, one))
+        named = [(name, task) for name, tasks in orders.dropped.items() for task in tasks]
+        dropped = [held for name, task in named if name in self._jobs and (held := self._jobs[name].live(task))]
+        ended = [at for name in orders.ended if (at := self._jobs.get(name)) and not at.ended]
+        for errand in (*dropped, *(one for at in ended for one in at.errands)):
+            errand.dropped = True
+        for at in ended:
+            at.ended = True
+        added = [self._add(one) for one in orders.assignments]
+        return bool(dropped) or bool(ended) or any(added)
 
     def begin(self, job: str, task: str) -> None:
         """A task is being worked on."""
@@ -170,19 +165,19 @@ class Errands:
         errand.deaths += 1
         return not errand.dropped and errand.deaths >= DEATHS
 
-    def postpone(self, job: str, task: str) -> None:
-        """A task was not worked on after all: something else has to come first, such as room on the disk."""
-        self._begun(job, task).working = False
+    def postpone(self, job: str) -> None:
+        """Nothing is being worked on after all: something else has to come first, such as room on the disk."""
+        for errand in self._jobs[job].errands if job in self._jobs else ():
+            errand.working = False
 
     def done(self, answer: Answer) -> None:
         """The answer to a task is in the spool; or another in its place, if it was there before."""
         errand = self._held(answer)
         errand.answer, errand.working = answer, False
 
-    def acknowledged(self, answer: Answer, verdict: str) -> bool:
-        """The server has said what became of an answer; True: what the site learned meanwhile counts."""
+    def acknowledged(self, answer: Answer) -> None:
+        """The server has said what became of an answer, and the site has drawn the consequences (see KEPT)."""
         self._jobs[answer.job].errands.remove(self._held(answer))
-        return verdict in KEPT
 
     def discarded(self, job: str, task: str) -> None:
         """Nothing is left of a dropped task."""
@@ -243,13 +238,20 @@ class Errands:
         """All jobs of which there is anything."""
         return self._jobs.keys()
 
-    @property
-    def payloads(self) -> set[str]:
-        """The digests of what is still to be worked on."""
-        errands = (one for job in self._jobs.values() for one in job.errands)
-        return {one.digest for one in errands if one.answer is None and not one.dropped}
+    def payloads(self, job: str) -> set[str]:
+        """The digests of what is still to be worked on in a job."""
+        return {one.digest for one in self._jobs[job].errands if one.answer is None and not one.dropped}
 
     # -- inside ----------------------------------------------------------------------------------------------
+
+    def _add(self, asked: Assignment) -> bool:
+        job = self._jobs.setdefault(asked.job, _Job())
+        if held := job.live(asked.task):
+            if held.digest == asked.digest:
+                return False
+            held.dropped = True  # the server was restarted, and asks the same of another model
+        job.errands.append(_Errand(asked.task, asked.digest, asked))
+        return True
 
     def _begun(self, job: str, task: str) -> _Errand:
         return next(one for one in self._jobs[job].errands if one.task == task and one.working)
@@ -271,3 +273,27 @@ def _check(asked: Assignment) -> None:
         raise Refused(f"the server assigns what cannot be, job {asked.job!r}, task {asked.task!r}: ask its operator")
     if asked.size < 0 or asked.bundle_size < 0:
         raise Refused(f"the server announces {asked.size} and {asked.bundle_size} bytes for task {asked.task!r}")
+
+
+@dataclass
+class Backoff:
+    """How long to wait before the next try: anything up to a bound that doubles (full jitter, Brooker 2015).
+
+    Args:
+        first: the bound after the first failure, in seconds.
+        most: the bound after many.
+    """
+
+    first: float = 0.2
+    most: float = 30.0
+    tries: int = 0
+
+    def wait(self, draw: float) -> float:
+        """Seconds to wait after a failure; `draw` is uniform in [0, 1)."""
+        bound = min(self.most, self.first * 2.0 ** min(self.tries, 60))
+        self.tries += 1
+        return draw * bound
+
+    def reset(self) -> None:
+        """It went well."""
+        self.tries = 0

@@ -9,12 +9,14 @@ is trained by the loop.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from koinon.errors import extra
+from koinon.training.boost import Halts
 from koinon.training.layers import LOSSES, Local, Moment, Operation, Relu, Reshape, Rule, Stack, layer
 from koinon.training.memory import Memory
 from koinon.training.terms import Named
@@ -89,6 +91,25 @@ class Program:
             updates[index] = {name: stacked[place] for name, stacked in changes.items()}
         return updates, losses
 
+    def train_on(
+        self, work: Sequence[Work], rule: Rule, own: Sequence[Mapping[str, np.ndarray]]
+    ) -> list[dict[str, np.ndarray]]:
+        """Train any number of sites, each from weights of its own, or from the module's where it has none.
+
+        To the rule and its terms, `start` is the module's still.  Nobody stops early.
+
+        Returns:
+            Each site's weights afterwards.
+        """
+        ends: list[dict[str, np.ndarray]] = []
+        for part in (slice(start, start + self.size) for start in range(0, len(work), self.size)):
+            with torch.no_grad():
+                visits, _ = self._train([replace(site, halt=None) for site in work[part]], rule, own[part])
+            held = {name: stack.held[: len(visits.order)].cpu().numpy() for name, stack in self._stacks.items()}
+            places = np.argsort(visits.order)
+            ends += [{name: np.array(stacked[place]) for name, stacked in held.items()} for place in places]
+        return ends
+
     def fold(self, work: Sequence[Work], rule: Rule, shares: np.ndarray) -> tuple[dict[str, Any], np.ndarray]:
         """Train any number of sites from the same weights.
 
@@ -119,7 +140,9 @@ class Program:
     def _visits(self, work: Sequence[Work]) -> Visits:
         return Visits(work, self._kind, self._device, self._buffers)
 
-    def _train(self, work: Sequence[Work], rule: Rule) -> tuple[Visits, np.ndarray]:
+    def _train(
+        self, work: Sequence[Work], rule: Rule, own: Sequence[Mapping[str, np.ndarray]] = ()
+    ) -> tuple[Visits, np.ndarray]:
         """All steps of all sites; each site's mean loss."""
         visits = self._visits(work)
         losses = torch.zeros(len(work), dtype=self._kind, device=self._device)
@@ -128,8 +151,12 @@ class Program:
         start = {name: stack.start for name, stack in self._stacks.items()}
         memory = Memory(rule.terms, rule, sites=[work[index].state for index in visits.order], like=start)
         start = {name: tensor.unsqueeze(0) for name, tensor in start.items()}
+        if own:
+            self._go_on([own[index] for index in visits.order], rule)
+        halts = Halts([work[index].halt for index in visits.order], self._stacks)
         for visit in visits:
-            losses[: visit.sites] += self._step(visit)
+            each = self._step(visit)
+            losses[: visit.sites] += each
             left: Named = {name: stack.gradient for name, stack in self._stacks.items() if stack.gradient is not None}
             if rule.terms:
                 left = memory.apply(left, self._weights(visit.sites), start)
@@ -137,8 +164,21 @@ class Program:
                 self._stacks[name].move(gradient, rule)
             for stack in self._stacks.values():
                 stack.fresh, stack.gradient = False, None
+            if halts.after(each):
+                break
+        for place, loss in halts.end(visits.own_steps).items():
+            losses[place] = loss * visits.own_steps[place]
         self._learned = memory.learn(start, self._weights(len(work)), visits.own_steps)
         return visits, visits.means(losses.cpu().numpy())
+
+    def _go_on(self, own: Sequence[Mapping[str, np.ndarray]], rule: Rule) -> None:
+        """Let the sites begin with these weights, in the order of visiting."""
+        for name, stack in self._stacks.items():
+            stack.fresh, stack.factors = False, None
+            if rule.momentum:
+                stack.spare("velocity").zero_()
+            for place, weights in enumerate(own):
+                stack.held[place].copy_(torch.from_numpy(np.array(weights[name])) if weights else stack.start)
 
     def _weights(self, sites: int) -> dict[str, Any]:
         return {name: stack.now(sites) for name, stack in self._stacks.items()}

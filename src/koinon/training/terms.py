@@ -6,8 +6,9 @@ cohort: every array has the sites as its first axis, [K, ...]; K is 1 where one 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -37,12 +38,15 @@ class Term:
             {"own": what it remembers, zeros at first [K, ...]; "common": what was sent [1, ...]}; `end` are the
             weights after the training, `rate` the step size times the steps taken [K].  The change of what is
             remembered goes back under the same names.
+        personal: it acts on a second training, of a model of the site's own, which goes on from what that was last
+            time; `start` is still the global model as it came, and so is the model of a site that begins.
     """
 
     name: str
     apply: Callable[[Named, Named, Named, Mapping[str, Any]], Named]
     linear: bool = False
     remember: Callable[[Mapping[str, Any], Named, Named, Any], Named] | None = None
+    personal: bool = False
 
 
 def coefficients(terms: Sequence[Term]) -> tuple[float, float, float] | None:
@@ -81,6 +85,27 @@ def proximal(mu: float | None = None) -> Term:
         return {name: g + near * (weights[name] - start[name]) for name, g in gradient.items()}
 
     return Term("proximal()" if mu is None else f"proximal({mu:g})", apply, linear=mu is not None)
+
+
+def ditto(pull: float) -> Term:
+    """A model of each site's own, near the global one (Ditto; Li et al., 2021).
+
+    Beside the global model w, which is trained as without this, a site trains its own v over the same batches:
+
+        v <- v - lr (g(v) + pull (v - w)),  with w as it came.
+
+    v begins as the first w that the site gets, stays there from round to round, and never leaves it.  Whoever holds it
+    evaluates both: `accuracy` and `loss` are w's, `personal_accuracy` and `personal_loss` are v's.
+
+    Args:
+        pull: lambda in the paper, which tries 0.05 to 2; 0 is training by oneself.
+
+    Raises:
+        SettingsError: pull is negative or not finite.
+    """
+    if not 0 <= pull < math.inf:
+        raise SettingsError(f"ditto: the pull must be 0 or more, not {pull}")
+    return replace(proximal(pull), name=f"ditto({pull:g})", personal=True)
 
 
 def clip_gradient(bound: float) -> Term:

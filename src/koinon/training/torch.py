@@ -21,6 +21,7 @@ from koinon.payload import Arrays, Payload, tree
 from koinon.streams import number
 from koinon.task import Context, Worker
 from koinon.training.batches import Epochs, batches, check
+from koinon.training.boost import Boosted, Halt
 from koinon.training.forms import FORMS, Form, fastest, forms
 from koinon.training.layers import Rule
 from koinon.training.layers import rule as make_rule
@@ -36,6 +37,8 @@ Metric: TypeAlias = Callable[[Any, Any], Any]
 
 LOSSES = {"cross_entropy": torch.nn.functional.cross_entropy, "mse": torch.nn.functional.mse_loss}
 EVALUATION_BATCH = 1000
+PERSONAL = "personal"
+"""Under this name a site remembers a model of its own."""
 SMALL_STEP = 1 << 23
 """Multiply-adds of a dense step (weights times batch) below which one thread is faster than two."""
 
@@ -56,7 +59,8 @@ class LocalSGD:
         momentum: of `sgd`; starts at rest in every local training.
         weight_decay: of `sgd`.
         terms: what else acts on the gradient of each step, in this order, such as `proximal` (koinon.training.terms).
-        epochs: passes over the site's data in a round; or how many, drawn for each site and round (`partial_work`).
+        epochs: passes over the site's data in a round; or how many, drawn for each site and round (`partial_work`), or
+            found by the loss (`Boosted`).
         steps: instead of epochs, batches in a round.
         batch_size: samples a step; the last batch of an epoch may be smaller.
         metrics: name -> function (outputs, targets) -> number, for evaluation beside the loss; by default
@@ -101,6 +105,8 @@ class LocalSGD:
             raise SettingsError(f"there is no form '{self.form}': {nearest(self.form, FORMS)}")
         if not 0 <= self.momentum < 1:
             raise SettingsError(f"momentum must lie in [0, 1), not {self.momentum}")
+        if isinstance(self.epochs, Boosted) and self.steps:
+            raise SettingsError(f"steps={self.steps} leaves {self.epochs} no say: give one of them")
 
     def initial(self, seed: int) -> Arrays:
         """The module's own first weights, drawn with the run's seed."""
@@ -111,6 +117,27 @@ class LocalSGD:
     def open(self) -> Worker:
         """Build the module, once a worker."""
         return _Trainer(self)
+
+
+def batch_norms(model: Callable[[], Any]) -> tuple[str, ...]:
+    """Patterns for the arrays of a network's batch norms, their statistics among them, as `koinon.exclude` takes them.
+
+    `koinon.exclude(*koinon.torch.batch_norms(Net))` as upload filter is FedBN (Li et al., 2021): all is averaged but
+    the batch norms; each site trains, and is evaluated, with its own.
+
+    Args:
+        model: as `LocalSGD` takes it.
+
+    Raises:
+        JobError: it has none.
+    """
+    with seeded(0):
+        parts = dict(model().named_modules())
+    kind = torch.nn.modules.batchnorm._BatchNorm
+    found = tuple(f"{name}.*" for name, part in parts.items() if isinstance(part, kind) and part.state_dict())
+    if not found:
+        raise JobError("this network has no batch norm with anything to keep: FedBN would be FedAvg")
+    return found
 
 
 class _Trainer:
@@ -128,6 +155,8 @@ class _Trainer:
         self.state = state_of(self.module)
         self.trained = {name: held for name, held in self.module.named_parameters() if held.requires_grad}
         self.parameters = list(self.trained.values())
+        self.terms = [term for term in settings.terms if not term.personal]
+        self.personal = [term for term in settings.terms if term.personal]
         self.tail = 2 if any("BatchNorm" in kind for kind in kinds) else 1
         # A small dense step is over before a second thread has woken up, and on a busy machine waits for it.
         small = sum(parameter.numel() for parameter in self.parameters) * settings.batch_size < SMALL_STEP
@@ -141,7 +170,7 @@ class _Trainer:
     def __call__(self, payload: Payload, context: Context) -> Payload:
         self._take(payload.arrays)
         with self._ready(context.number("torch")):
-            return self._train(payload, context) if context.task == "train" else self._evaluate(context)
+            return self._train(payload, context) if context.task == "train" else self._evaluate(payload, context)
 
     def probe(self, data: Any, form: str = "") -> str:
         """Measure the forms in question on a site's training data, if there are several; some milliseconds.
@@ -166,9 +195,10 @@ class _Trainer:
         Their arrays are views that last until the next call.
         """
         self._take(payload.arrays)
-        work = self._work(contexts)
+        work = self._work(payload, contexts)
         with self._ready(contexts[0].number("torch")):
             before = self._before(payload, contexts)
+            self._train_own(payload, contexts, work)
             updates, losses = self.program.train(work, self._rule(self._lr(contexts[0]), payload))
         return [
             Payload("weight_diff", self._named(update, payload.arrays), values)
@@ -185,27 +215,34 @@ class _Trainer:
             The mean, in arrays of the caller's own, of the sites' total weight; and each site's values.
         """
         self._take(payload.arrays)
-        work = self._work(contexts)
+        work = self._work(payload, contexts)
         sizes = np.array([len(site.data) for site in work], float)
         with self._ready(contexts[0].number("torch")):
             before = self._before(payload, contexts)
+            self._train_own(payload, contexts, work)
             rule = self._rule(self._lr(contexts[0]), payload)
             changes, losses = self.program.fold(work, rule, sizes / sizes.sum())
         arrays = self._named({name: tensor.cpu().numpy() for name, tensor in changes.items()}, payload.arrays)
         return Payload("weight_diff", arrays, {"weight": int(sizes.sum())}), _values(work, losses, before)
 
-    def _work(self, contexts: Sequence[Context]) -> list[Work]:
+    def _work(self, payload: Payload, contexts: Sequence[Context]) -> list[Work]:
+        work = []
         for context in contexts:
-            _held(context.data.train)
-        return [
-            Work(context.data.train, list(self._batches(len(context.data.train), context)), context.state)
-            for context in contexts
-        ]
+            _held(data := context.data.train)
+            batches = list(self._batches(len(data), context))
+            work.append(Work(data, batches, context.state, self._halt(len(batches), payload)))
+        return work
 
-    def _rule(self, lr: float, sent: Payload) -> Rule:
+    def _halt(self, steps: int, sent: Payload) -> Halt | None:
+        """When a site may stop, if it may."""
+        epochs = self.settings.epochs
+        return epochs.halt(steps, sent.values) if isinstance(epochs, Boosted) else None
+
+    def _rule(self, lr: float, sent: Payload, *, personal: bool = False) -> Rule:
         self.module.train()
         settings, along = self.settings, {"common": self._sent(sent.arrays), "values": sent.values}
-        return make_rule(lr, settings.momentum, decay=settings.weight_decay, terms=settings.terms, **along)
+        terms = self.personal if personal else self.terms
+        return make_rule(lr, settings.momentum, decay=settings.weight_decay, terms=terms, **along)
 
     def _sent(self, model: Arrays) -> dict[str, dict[str, Any]]:
         """What came along for the terms that remember something, by their names: [1, ...]."""
@@ -298,25 +335,61 @@ class _Trainer:
 
     def _train(self, payload: Payload, context: Context) -> Payload:
         x, y = self._tensors(context.data.train)
-        before = self._before(payload, [context])
-        (step, learned), losses = self._stepper(self._rule(self._lr(context), payload), context.state), []
-        for batch in self._batches(len(x), context):
+        before, batches = self._before(payload, [context]), list(self._batches(len(x), context))
+        if self.personal:
+            self._train_own_alone(payload, context, batches)
+        (step, learned), losses = self._stepper(self._rule(self._lr(context), payload), context.state), list[Any]()
+        halt = self._halt(len(batches), payload)
+        for batch in batches:
             index = torch.from_numpy(batch).to(self.device)
             losses.append(step(x[index], y[index]))
+            if halt and halt(losses):
+                break
         # Read once: asking for each step's loss would stop a GPU at every step.
-        mean_loss = float(torch.stack(losses).mean())
+        mean_loss = halt.loss(losses) if halt else float(torch.stack(losses).mean())
         arrays = {name: tensor.cpu().numpy() for name, tensor in self.state.items()}
         for name, change in learned(len(losses)).items():
             arrays[name] = payload.arrays[name] + change[0].cpu().numpy()
         arrays |= {name: array for name, array in payload.arrays.items() if name not in arrays}
         return Payload("weights", arrays, {"weight": len(x), "metrics": {"loss": mean_loss, **before[0]}})
 
-    def _evaluate(self, context: Context) -> Payload:
+    def _train_own(self, payload: Payload, contexts: Sequence[Context], work: Sequence[Work]) -> None:
+        """The sites' own models, for terms that are personal: first, as whatever trains next takes the same memory.
+
+        With random numbers of their own, so that the global model is what it would be without them.
+        """
+        if self.personal:
+            rule = self._rule(self._lr(contexts[0]), payload, personal=True)
+            with seeded(contexts[0].number(PERSONAL), self.device):
+                own = self.program.train_on(work, rule, [site.state.get(PERSONAL, {}) for site in work])
+            for context, model in zip(contexts, own, strict=True):
+                context.state[PERSONAL] = model
+
+    def _train_own_alone(self, payload: Payload, context: Context, batches: Sequence[np.ndarray]) -> None:
+        """The same by the loop; the module is left as it came."""
+        x, y = self._tensors(context.data.train)
+        start = {name: held.detach().clone().unsqueeze(0) for name, held in self.trained.items()}
+        self._take({**payload.arrays, **context.state.get(PERSONAL, {})})
+        with seeded(context.number(PERSONAL), self.device):
+            step, _ = self._stepper(self._rule(self._lr(context), payload, personal=True), {}, start)
+            for batch in batches:
+                index = torch.from_numpy(batch).to(self.device)
+                step(x[index], y[index])
+        context.state[PERSONAL] = {name: np.array(tensor.cpu().numpy()) for name, tensor in self.state.items()}
+        self._take(payload.arrays)
+
+    def _evaluate(self, payload: Payload, context: Context) -> Payload:
         x, y = self._tensors(context.data.test)
+        metrics = self._judged(x, y)
+        if own := context.state.get(PERSONAL):
+            self._take({**payload.arrays, **own})
+            metrics |= {f"{PERSONAL}_{name}": value for name, value in self._judged(x, y).items()}
+        return Payload("metrics", {}, {"weight": len(x), "metrics": metrics})
+
+    def _judged(self, x: Any, y: Any) -> dict[str, float]:
         outputs = self._outputs(x)
         metrics = {name: float(metric(outputs, y)) for name, metric in self._metrics(outputs, y).items()}
-        metrics["loss"] = float(self.loss(outputs, y))
-        return Payload("metrics", {}, {"weight": len(x), "metrics": metrics})
+        return metrics | {"loss": float(self.loss(outputs, y))}
 
     def _outputs(self, x: Any) -> Any:
         """The module's, with the weights of now."""
@@ -343,18 +416,18 @@ class _Trainer:
         return sgd(self.parameters, lr, self.settings.momentum, self.settings.weight_decay)
 
     def _stepper(
-        self, rule: Rule, remembered: MutableMapping[str, Any]
+        self, rule: Rule, remembered: MutableMapping[str, Any], near: Mapping[str, Any] | None = None
     ) -> tuple[Callable[[Any, Any], Any], Callable[[int], dict[str, Any]]]:
-        """A local training that starts from the weights of now.
+        """A local training that starts from the weights of now; the site's own, if it stays near others.
 
         Returns:
             One step of it: (x, y) -> the loss before it; and at its end: steps -> the change of what is remembered.
         """
-        update, terms = self._optimizer(rule.lr), self.settings.terms
+        update, terms = self._optimizer(rule.lr), self.personal if near else self.terms
         like = {name: parameter.detach() for name, parameter in self.trained.items()}
         memory = Memory(terms, rule, sites=[remembered], like=like)
         now = {name: tensor.unsqueeze(0) for name, tensor in like.items()}
-        start = {name: tensor.clone() for name, tensor in now.items()} if terms else {}
+        start = near or ({name: tensor.clone() for name, tensor in now.items()} if terms else {})
 
         def step(x: Any, y: Any) -> Any:
             loss = self.loss(self.module(x), y)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from koinon.errors import DataError, extra
+from koinon.training.boost import Halt
 from koinon.training.layers import FEW
 
 torch: Any = extra("torch", "torch")
@@ -21,11 +22,13 @@ torch: Any = extra("torch", "torch")
 
 @dataclass(frozen=True)
 class Work:
-    """A site's part of a cohort: samples (columns x and y), batches as indices into them, what it remembers."""
+    """A site's part of a cohort: samples (columns x and y), batches as indices into them, what it remembers, and when
+    it may stop."""
 
     data: Any
     batches: Sequence[np.ndarray]
     state: MutableMapping[str, Any] = field(default_factory=dict)
+    halt: Halt | None = None
 
 
 @dataclass(frozen=True)

@@ -6,34 +6,33 @@ and goes on where it stopped.  Only the standard library: a site that waits shou
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import hashlib
 import http.client
 import json
 import os
 import select
-import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
-from urllib.parse import quote, unquote, urlsplit
-from urllib.request import getproxies_environment, proxy_bypass_environment
+from urllib.parse import quote
 
 import msgspec
 
-from koinon.errors import LinkError, Refused, SettingsError
+from koinon.errors import LinkError, Refused
+from koinon.site.spool import sync
 from koinon.task.errands import Answer, file_name
 from koinon.task.wire import Orders, Poll, Receipt, decode, encode
+from koinon.transport.route import CONNECT, FAULTS, route, said
 
 PIECE = 1 << 18
 """Bytes of a transfer that are in memory at once."""
 
-CONNECT, QUIET = 30.0, 60.0
-"""Seconds after which a server that does not answer at all, or a transfer that does not move, is given up."""
+QUIET = 60.0
+"""Seconds after which a transfer that does not move is given up."""
 
 SAID = 16 << 20
 """Bytes of an answer that is no transfer, at most."""
@@ -41,56 +40,13 @@ SAID = 16 << 20
 TURNS = 4
 """How often an upload is taken up again at once, when the server has less of it than it was thought to."""
 
-FAULTS = (OSError, http.client.HTTPException)
-"""What a broken line raises."""
-
 
 class Denied(Refused):
     """Whoever asks is refused, whatever is asked for."""
 
 
-@dataclass(frozen=True)
-class Route:
-    """How to get to a server: straight, or through a proxy."""
-
-    host: str
-    port: int
-    proxy: str = ""
-    proxy_port: int = 0
-    headers: Mapping[str, str] = field(default_factory=dict)
-
-    def connection(self, context: ssl.SSLContext) -> http.client.HTTPSConnection:
-        """A connection that is still to be made."""
-        if not self.proxy:
-            return http.client.HTTPSConnection(self.host, self.port, timeout=CONNECT, context=context)
-        line = http.client.HTTPSConnection(self.proxy, self.proxy_port, timeout=CONNECT, context=context)
-        line.set_tunnel(self.host, self.port, dict(self.headers))
-        return line
-
-    @property
-    def first(self) -> tuple[str, int]:
-        """Whom to connect to."""
-        return (self.proxy, self.proxy_port) if self.proxy else (self.host, self.port)
-
-    def __str__(self) -> str:
-        through = f" through the proxy {self.proxy}:{self.proxy_port}" if self.proxy else ""
-        return f"{self.host}:{self.port}{through}"
-
-
-def route(server: str) -> Route:
-    """The way to a server of this address, by `https_proxy` and `no_proxy` of the environment.
-
-    Raises:
-        SettingsError: one of the addresses is none.
-    """
-    host, port, _ = _place(server, "https")
-    proxies = getproxies_environment()
-    proxy = proxies.get("https", "")
-    if not proxy or proxy_bypass_environment(f"{host}:{port}", proxies):
-        return Route(host, port)
-    at, gate, user = _place(proxy if "://" in proxy else f"http://{proxy}", "http")
-    headers = {"Proxy-Authorization": f"Basic {base64.b64encode(user.encode()).decode()}"} if user else {}
-    return Route(host, port, at, gate, headers)
+class Absent(Refused):
+    """There is no such thing at the server."""
 
 
 class Link:
@@ -160,15 +116,17 @@ class Link:
             Refused: the server does not take this answer.  Whom it refuses altogether may be taken again.
         """
         place = f"/v1/results/{answer.job}/{file_name(answer.task)}?digest={answer.digest}&size={answer.size}"
-        for _ in range(TURNS):
-            try:
+        try:
+            for turn in range(TURNS):
                 receipt = decode(self._said("GET", place), Receipt)
                 if not receipt.verdict:
-                    receipt = self._put(place, answer, path, receipt.offset)
-            except Denied as denied:
-                raise LinkError(str(denied)) from denied
-            if receipt.verdict:
-                return receipt.verdict
+                    receipt = self._put(place, answer, path, receipt.offset, again=not turn)
+                if receipt.verdict:
+                    return receipt.verdict
+        except Denied as denied:
+            raise LinkError(str(denied)) from denied
+        except Absent:
+            return "unknown"
         raise LinkError(f"{self} does not take the answer to task '{answer.task}' as a whole: it is tried again later")
 
     def renew(self, request: bytes) -> bytes:
@@ -205,10 +163,10 @@ class Link:
     def file(self, job: str, name: str, into: Path) -> None:
         """Bring one of them here."""
         part = into.with_name(into.name + ".part")
-        with self._asked("GET", f"/v1/jobs/{quote(job, safe='')}/files/{quote(name)}") as response:
-            with part.open("wb") as file:
-                for piece in self._pieces(response):
-                    file.write(piece)
+        place = f"/v1/jobs/{quote(job, safe='')}/files/{quote(name)}"
+        with self._asked("GET", place) as response, part.open("wb") as file:
+            for piece in self._pieces(response):
+                file.write(piece)
         part.replace(into)
 
     def sites(self) -> list[dict[str, Any]]:
@@ -260,43 +218,45 @@ class Link:
         finally:
             self._give(line, response)
 
-    def _put(self, place: str, answer: Answer, path: Path, offset: int) -> Receipt:
-        """Send the rest of an answer; what the server has of it then."""
+    def _put(self, place: str, answer: Answer, path: Path, offset: int, *, again: bool) -> Receipt:
+        """Send the rest of an answer; what the server has of it then, which is nothing if other bytes arrived."""
         more = f"&offset={offset}&seconds={answer.seconds:.3f}&failed={int(answer.failed)}"
-        line, _ = self._take()
-        try:
-            whole = self._stream(line, place + more, path, offset)
-            response = line.getresponse()
-        except FAULTS as cause:
-            line.close()
-            raise LinkError(said(cause, self.routes[self._at])) from cause
+        with path.open("rb", buffering=0) as file:
+            rest = max(0, answer.size - file.seek(offset))
+            line, _ = self._take()
+            try:
+                whole = self._stream(line, place + more, file, rest)
+                response = line.getresponse()
+            except FAULTS as cause:
+                line.close()
+                raise LinkError(said(cause, self.routes[self._at])) from cause
         try:
             if response.status == 422 and _digest(path) != answer.digest:
                 raise Refused(f"the answer to task '{answer.task}' was changed on this site's disk")
-            if response.status not in (409, 422):
+            if response.status != 409 and (response.status != 422 or not again):
                 self._check(response)
             text = self._whole(response)
             return Receipt() if response.status == 422 else decode(text, Receipt)
         finally:
             self._give(line, response, keep=whole)
 
-    def _stream(self, line: http.client.HTTPSConnection, place: str, path: Path, offset: int) -> bool:
-        """Send a file from there on; False: the server has answered before it was through."""
+    def _stream(self, line: http.client.HTTPSConnection, place: str, file: FileIO, rest: int) -> bool:
+        """Send the rest of a file; False: the server has answered before it was through."""
         buffer = memoryview(bytearray(PIECE))
         line.sock.settimeout(QUIET)
-        with path.open("rb", buffering=0) as file:
-            rest = max(0, os.fstat(file.fileno()).st_size - file.seek(offset))
-            line.putrequest("PUT", place)
-            line.putheader("Content-Length", str(rest))
-            line.endheaders()
-            while length := file.readinto(buffer):
-                if select.select([line.sock], [], [], 0)[0]:
-                    return False
-                try:
-                    line.send(buffer[:length])
-                except (BrokenPipeError, ConnectionResetError):  # it may have said why
-                    return False
-                self.sent += length
+        line.putrequest("PUT", place)
+        line.putheader("Content-Length", str(rest))
+        line.endheaders()
+        while length := file.readinto(buffer):
+            if select.select([line.sock], [], [], 0)[0]:
+                return False
+            try:
+                line.send(buffer[:length])
+            except TimeoutError:
+                raise
+            except OSError:  # it may have said why
+                return False
+            self.sent += length
         return True
 
     def _pieces(self, response: http.client.HTTPResponse) -> Iterator[memoryview]:
@@ -331,7 +291,7 @@ class Link:
         if response.status >= 500 or response.status in (408, 429):
             self._turn()
             raise LinkError(reason)
-        raise (Denied if response.status in (401, 403) else Refused)(reason)
+        raise {401: Denied, 403: Denied, 404: Absent}.get(response.status, Refused)(reason)
 
     def _take(self) -> tuple[http.client.HTTPSConnection, bool]:
         """A connection, and whether it was kept from before."""
@@ -340,7 +300,8 @@ class Link:
         return (line, True) if line else (self._open(), False)
 
     def _give(self, line: http.client.HTTPSConnection, response: http.client.HTTPResponse, keep: bool = True) -> None:
-        if keep and response.isclosed() and not response.length and line.sock is not None:
+        whole = response.isclosed() and not response.length and line.sock is not None
+        if keep and whole and response.status < 500:
             with self._lock:
                 self._idle.append(line)
         else:
@@ -367,26 +328,6 @@ class Link:
         self.close()
 
 
-def said(cause: Exception, place: Route) -> str:
-    """What happened on the way to a server, and what to do."""
-    if isinstance(cause, socket.gaierror):
-        return f"the name {place.first[0]} cannot be resolved: check the address, and this machine's name service"
-    if isinstance(cause, ssl.SSLCertVerificationError):
-        return f"the certificate of {place} cannot be trusted ({cause.verify_message}): is it this federation's server?"
-    if isinstance(cause, ssl.SSLEOFError | ConnectionResetError | BrokenPipeError | http.client.HTTPException):
-        return f"the line to {place} was cut"
-    if isinstance(cause, ssl.SSLError):
-        return f"{place} does not speak TLS with this kit ({cause.reason or cause}): was the kit revoked, or replaced?"
-    if isinstance(cause, ConnectionRefusedError):
-        return f"nobody listens at {place.first[0]}:{place.first[1]}: is the server running, and is its port open?"
-    if isinstance(cause, TimeoutError):
-        return f"{place} does not answer: a firewall may be in between, or the line is down"
-    if isinstance(cause, OSError) and "Tunnel" in str(cause):
-        why = "it wants a name and a password, http://NAME:PASSWORD@HOST:PORT" if "407" in str(cause) else str(cause)
-        return f"the proxy {place.proxy}:{place.proxy_port} does not let through to {place.host}:{place.port}: {why}"
-    return f"{place} cannot be reached: {os.strerror(cause.errno) if getattr(cause, 'errno', None) else cause}"
-
-
 def _ask(
     line: http.client.HTTPSConnection,
     method: str,
@@ -398,20 +339,6 @@ def _ask(
     line.sock.settimeout(timeout)
     line.request(method, place, body, dict(headers))
     return line.getresponse()
-
-
-def _place(address: str, scheme: str) -> tuple[str, int, str]:
-    """Host, port and NAME:PASSWORD of an address."""
-    try:
-        parts = urlsplit(address)
-        host, port = parts.hostname, parts.port or (443 if scheme == "https" else 80)
-    except ValueError:
-        parts, host, port = urlsplit(""), None, 0
-    if parts.scheme != scheme or not host:
-        hidden = address.rpartition("@")[2]  # what comes before is a password
-        raise SettingsError(f"'{hidden}' is no address such as {scheme}://host:port")
-    user = ":".join(unquote(text) for text in (parts.username, parts.password) if text is not None)
-    return host, port, user
 
 
 def hashed(file: BinaryIO) -> tuple[Any, int]:
@@ -427,12 +354,3 @@ def hashed(file: BinaryIO) -> tuple[Any, int]:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return str(hashed(file)[0].hexdigest())
-
-
-def sync(folder: Path) -> None:
-    """What was renamed in a folder survives a crash of the machine."""
-    place = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(place)
-    finally:
-        os.close(place)

@@ -48,6 +48,7 @@ class _Open:
     """A task that was posted: when, who has not been heard of yet, in order, and what has arrived and was not read."""
 
     began: float
+    open: bool  # at the sites
     left: dict[str, None]
     arrived: dict[str, dict[str, Any]] = field(default_factory=dict)
     counted: int = 0  # arrived answers that are no failures
@@ -92,7 +93,7 @@ class Remote:
 
     def now(self) -> float:
         """Unix time; it stands just before a deadline until all that came in time is delivered."""
-        return self._until(time.time())
+        return min([time.time(), *(told["at"] for here in self._open.values() for told in here.arrived.values())])
 
     def join(self, sites: Sequence[str], quorum: float) -> None:
         """Ask all sites what they hold, and wait for them as a round does; who is late is heard later.
@@ -127,8 +128,8 @@ class Remote:
     def wait(self, board: Board, task: Task | None = None, aggregator: Aggregator | None = None) -> None:
         """Return when an answer was delivered, or a deadline has passed."""
         for old in [id for id in self._open if id not in board.tasks]:
+            self._close(old)
             del self._open[old]
-            self._line.say(close=old)
         for new in [one for one in board.tasks.values() if one.id not in self._open]:
             self._post(new)
         folding = task if aggregator is not None or (task and task.name == "evaluate") else None
@@ -140,13 +141,12 @@ class Remote:
 
     def _post(self, task: Task) -> None:
         """Hand a task to the sites, and to the server itself if it is among those who are asked."""
-        self._open[task.id] = here = _Open(time.time(), dict.fromkeys(task.sites))
+        self._open[task.id] = here = _Open(time.time(), True, dict.fromkeys(task.sites))
         if sites := [site for site in task.sites if site != SERVER]:
             path = self._folder / f"{task.id}.payload"
             codec.save(task.payload, path)
-            self._line.say(
-                post={"id": task.id, "name": task.name, "round": task.round, "sites": sites, "payload": str(path)}
-            )
+            said = {"id": task.id, "name": task.name, "round": task.round, "sites": sites, "payload": str(path)}
+            self._line.say(post=said)
         if SERVER in task.sites and self.home:
             answer = self.home(task)
             here.arrived[SERVER] = {"answer": answer, "at": time.time(), "failed": answer.failure is not None}
@@ -156,26 +156,27 @@ class Remote:
         here, now = self._open[task.id], time.time()
         ended = now >= min(task.deadline or math.inf, here.began + self._limit)
         missing = [site for site in here.left if site not in here.arrived]
-        enough = here.counted >= task.quorum
-        lost = [site for site in missing if ended or (enough and self._silent.issuperset(missing))]
-        turn = next(iter(here.left), None) if ordered and not lost else next(iter(here.arrived), None)
-        if ordered and lost:
-            turn = next((site for site in here.left if site in here.arrived), None)
+        given_up = ended or (here.counted >= task.quorum and self._silent.issuperset(missing))
+        lost = bool(missing) and (given_up or not here.open)
+        if lost and here.open:
+            self._close(task.id)
+            return self._deliver(board, task, ordered)
+        order = here.left if ordered else here.arrived
+        turn = next((site for site in order if site in here.arrived or not lost), None)
         if turn in here.arrived:
             del here.left[turn]
             message = here.arrived.pop(turn)
-            board.answer(message.get("answer") or self._read(task, turn, message), message["at"])
+            # What was acknowledged counts: the deadline was then still to be enforced.
+            at = min(message["at"], math.nextafter(task.deadline or math.inf, 0))
+            board.answer(message.get("answer") or self._read(task, turn, message), at)
             return True
         if lost:
-            why = (
-                f"the round took longer than {self._limit:g} s"
-                if ended
-                else "it is silent, and the quorum has answered"
-            )
-            for site in lost:
+            late = f"the round took longer than {self._limit:g} s"
+            why = Failure(late if ended else "it is silent, and the quorum has answered")
+            for site in missing:
                 del here.left[site]
-                board.answer(Result(task.id, site, failure=Failure(why)), now)
-        return bool(lost)
+                board.answer(Result(task.id, site, failure=why), now)
+        return lost
 
     def _read(self, task: Task, site: str, message: Mapping[str, Any]) -> Result:
         """An answer from its file; what cannot be read is a failure of that site."""
@@ -203,19 +204,24 @@ class Remote:
             raise Stopped
         if "silent" in message:
             self._silent = frozenset(message["silent"])
+        elif closed := message.get("closed"):
+            self._open[closed].open = False
         elif (here := self._open.get(message["result"])) and message["site"] in here.left:
             here.counted += message["site"] not in here.arrived and not message["failed"]
             here.arrived[message["site"]] = message
         return True
 
+    def _close(self, task: str) -> None:
+        """Nobody's answer is acknowledged any more; those that were, have been heard of when this returns."""
+        if self._open[task].open:
+            self._line.say(close=task)
+            while self._open[task].open:
+                self._hear(math.inf)
+
     def _next(self, board: Board) -> float:
         """When the next deadline is."""
         ends = [task.deadline or self._open[id].began + self._limit for id, task in board.tasks.items()]
         return min(ends, default=math.inf)
-
-    def _until(self, now: float) -> float:
-        waiting = [here.arrived.values() for here in self._open.values() if here.arrived]
-        return min([now, *(message["at"] for messages in waiting for message in messages)])
 
     def _listen(self) -> None:
         for message in self._line.hear():

@@ -1,0 +1,108 @@
+"""`koinon site check`: whether a site could join from here, one thing after another, each with what to do."""
+
+from __future__ import annotations
+
+import http.client
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from koinon.errors import KoinonError, in_a_line
+from koinon.site.certificates import identity
+from koinon.site.kit import Kit, SiteSettings, open_kit, owner, settings
+from koinon.task.wire import VERSION, understood
+from koinon.transport.route import CONNECT, FAULTS, Route, route, said
+from koinon.transport.tls import client_context
+
+T = TypeVar("T")
+
+SKEW = 60.0
+"""Seconds by which the clocks may differ before it is worth a word."""
+
+
+class Row(NamedTuple):
+    """One thing that was looked at: its name, whether it is well, and what was found or is to be done."""
+
+    name: str
+    ok: bool
+    said: str
+
+
+def check(folder: str | Path) -> list[Row]:
+    """Look at a site's kit, the way to its servers, the clock, the versions and the disk.  Never raises."""
+    rows: list[Row] = []
+    kit = _try(rows, "kit", lambda: open_kit(folder))
+    if kit is None:
+        return rows
+    rows.append(Row("kit", True, f"{kit.role} '{kit.name}' of '{kit.project}', until {owner(kit).until:%Y-%m-%d}"))
+    chosen = _try(rows, "settings", lambda: settings(kit, SiteSettings)) or SiteSettings()
+    for server in kit.servers:
+        if way := _try(rows, "address", lambda server=server: route(server)):  # type: ignore[misc]
+            rows += _way(kit, way)
+    free = shutil.disk_usage(kit.path).free / 1e9
+    wanted = f"; settings.toml wants {chosen.disk_gb:g} GB: make room" if free < chosen.disk_gb else ""
+    return [*rows, Row("disk", not wanted, f"{free:.1f} GB are free at '{kit.path}'{wanted}")]
+
+
+def _try(rows: list[Row], name: str, look: Callable[[], T]) -> T | None:
+    try:
+        return look()
+    except (KoinonError, OSError, ValueError) as error:
+        rows.append(Row(name, False, in_a_line(error)))
+        return None
+
+
+def _way(kit: Kit, way: Route) -> Iterator[Row]:
+    """From the name of a server, or of the proxy before it, to its clock."""
+    host, port = way.first
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        yield Row("name", True, f"{host} is {', '.join(sorted({str(entry[4][0]) for entry in found}))}")
+        socket.create_connection(way.first, CONNECT).close()
+        yield Row("port", True, f"{host}:{port} is open")
+    except OSError as cause:
+        yield Row("name" if isinstance(cause, socket.gaierror) else "port", False, said(cause, way))
+        return
+    line = way.connection(client_context(kit))
+    try:
+        line.connect()
+        if way.proxy:
+            yield Row("proxy", True, f"{way.proxy}:{way.proxy_port} lets through to {way.host}:{way.port}")
+        server = identity(line.sock.getpeercert(True) or b"")
+        line.request("GET", "/")  # a server of TLS 1.3 says only now whether it takes the site's certificate
+        headers = line.getresponse().headers
+    except (*FAULTS, KoinonError) as cause:
+        yield Row("proxy" if "Tunnel" in str(cause) else "TLS", False, said(cause, way))
+        return
+    finally:
+        line.close()
+    yield Row("TLS", True, f"server '{server.name}' shows a certificate of this project, until {server.until:%Y-%m-%d}")
+    yield _clock(headers)
+    yield _version(headers.get("Koinon-Version", ""))
+
+
+def _clock(headers: http.client.HTTPMessage) -> Row:
+    try:
+        seconds = (datetime.now(UTC) - parsedate_to_datetime(headers["Date"])).total_seconds()
+    except (TypeError, ValueError):
+        return Row("clock", True, "the server does not say what time it is")
+    if abs(seconds) > SKEW:
+        way = "ahead of" if seconds > 0 else "behind"
+        return Row("clock", False, f"this machine's clock is {abs(seconds):.0f} s {way} the server's: set it")
+    return Row("clock", True, "as the server's")
+
+
+def _version(text: str) -> Row:
+    ours = ".".join(map(str, VERSION))
+    try:
+        major, minor = map(int, text.split("."))
+        understood((major, minor))
+    except ValueError:
+        return Row("version", True, f"{ours} here; the server does not say its own")
+    except KoinonError as error:
+        return Row("version", False, str(error))
+    return Row("version", True, f"{ours} here, {text} at the server")

@@ -1,0 +1,503 @@
+"""A running site against a server that is an object: real folders, real processes, and whatever may happen to them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import urlopen
+
+import pytest
+
+from koinon import provision as trust
+from koinon.errors import LinkError, Refused
+from koinon.provision import Admin, Project, Server
+from koinon.site import bundle, certificates, daemon, kit, status
+from koinon.site.daemon import Daemon
+from koinon.site.kit import Kit, SiteSettings, open_kit
+from koinon.task.wire import Assignment, Orders
+
+PROJECT = Project("p", Server(["localhost:1"]), sites={"north": "N"}, admins={"ada": Admin("lead", "A")})
+
+WORKER = """
+import json, os, pathlib, sys, time
+from koinon.site import child
+line = child.parent()
+heard = line.hear()
+order = next(heard)
+started = pathlib.Path(order["job"]).parent / "started"
+started.write_text(started.read_text() + "+" if started.exists() else "+")
+print("begun", os.getpid(), flush=True)
+line.say(ready=True)
+for message in heard:
+    asked = json.loads(pathlib.Path(message["payload"]).read_text())
+    current = pathlib.Path(order["job"]) / "state.safetensors"
+    if asked == "broken":
+        line.say(broken="no data: mount the disk", traceback="Traceback")
+        break
+    if asked == "die" or (asked == "die once" and started.read_text() == "+"):
+        print("last words", flush=True)
+        os.kill(os.getpid(), 9)
+    while asked == "hang":
+        time.sleep(0.01)
+    failed = asked == "fail"
+    said = {"reason": "KeyError: 'label'", "traceback": ""} if failed else {
+        "task": message["task"], "state": current.read_text() if current.exists() else "",
+        "site": order["site"], "data": order["data"], "settings": order["manifest"]["settings"], "pid": os.getpid()}
+    pathlib.Path(message["answer"]).write_text(json.dumps(said))
+    if asked == "learn":
+        pathlib.Path(message["state"]).write_text("learned in " + message["task"]["id"])
+    line.say(done=message["task"]["id"], seconds=0.5, failed=failed)
+"""
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+class Far:
+    """A server: hands out tasks until they are answered, and does to each call what the tests want done to it."""
+
+    def __init__(self, zipped: bytes) -> None:
+        self.blobs = {digest(zipped): zipped}
+        self.bundle, self.tasks, self.answers, self.polls = zipped, {}, {}, []
+        self.drop: dict[str, list[str]] = {}
+        self.end: list[str] = []
+        self.wrong: dict[str, list[Exception]] = {"poll": [], "fetch": [], "push": []}
+        self.down = self.deaf = False
+        self.verdict, self.fetched, self.revoked, self.chain, self.refreshed = "accepted", [], "", b"", 0
+        self.job = bundle.job_id("job", zipped)
+
+    def ask(self, task: str, what: str, **other: Any) -> None:
+        data = json.dumps(what).encode()
+        self.blobs[digest(data)] = data
+        of = {"job": self.job, "bundle": digest(self.bundle), "bundle_size": len(self.bundle)} | other
+        self.tasks[task] = Assignment(task=task, name="train", round=1, digest=digest(data), size=len(data), **of)
+
+    def _fate(self, call: str) -> None:
+        if self.wrong[call]:
+            raise self.wrong[call].pop(0)
+        if self.down or (self.deaf and call == "push"):
+            raise LinkError("nobody listens at localhost:1")
+
+    def poll(self, holding, jobs, wait):
+        time.sleep(0.005)
+        self._fate("poll")
+        self.polls.append((holding, jobs))
+        held = {task for tasks in holding.values() for task in tasks}
+        news = [one for task, one in self.tasks.items() if task not in held and task not in self.answers]
+        return Orders(news, self.drop, [job for job in self.end if job in jobs], self.revoked)
+
+    def fetch(self, digest, size, into):
+        self._fate("fetch")
+        self.fetched.append(digest)
+        assert len(self.blobs[digest]) == size
+        into.write_bytes(self.blobs[digest])
+
+    def push(self, answer, path):
+        self._fate("push")
+        data = path.read_bytes()
+        assert (digest(data), len(data)) == (answer.digest, answer.size)
+        self.answers[answer.task] = (answer, json.loads(data))
+        return self.verdict
+
+    def renew(self, request):
+        self.request = request
+        return self.chain
+
+    def refresh(self):
+        self.refreshed += 1
+
+
+class Here:
+    """A site that runs in this process, and may be started anew."""
+
+    def __init__(self, kit: Kit, far: Far) -> None:
+        self.kit, self.far, self.daemon = kit, far, None
+        self.settings = SiteSettings(poll=0.01, data={"train": "/data/x.csv"})
+
+    def start(self) -> Daemon:
+        self.daemon = Daemon(self.kit, self.settings, self.far, "scripted_worker")
+        self.thread = threading.Thread(target=self.daemon.run, daemon=True)
+        self.thread.start()
+        return self.daemon
+
+    def stop(self) -> None:
+        if self.daemon:
+            self.daemon.stop()
+            self.thread.join(20)
+            assert not self.thread.is_alive()
+
+    @property
+    def folder(self) -> Path:
+        return self.kit.run / "jobs" / self.far.job
+
+    def answered(self, task: str) -> dict[str, Any]:
+        until(lambda: task in self.far.answers)
+        return self.far.answers[task][1]
+
+
+def until(holds: Callable[[], Any]) -> None:
+    """Wait for it; half a minute is for ever."""
+    end = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < end, "it does not happen"
+        time.sleep(0.005)
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
+    """Kits, and a signed bundle."""
+    folder = tmp_path_factory.mktemp("daemon")
+    trust.provision(PROJECT, folder / "p")
+    (folder / "job.py").write_text("import koinon\n")
+    order = SimpleNamespace(file=str(folder / "job.py"), settings={"lr": "1"}, seed=0, rounds=1, fast=False)
+    return folder / "p/kits", bundle.pack(order, open_kit(folder / "p/kits/ada"))
+
+
+@pytest.fixture
+def here(made: tuple[Path, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Here]:
+    """A site that is not started yet."""
+    (tmp_path / "scripted_worker.py").write_text(WORKER)
+    monkeypatch.syspath_prepend(tmp_path)
+    site = open_kit(made[0] / "north")
+    opened = Kit(tmp_path / "north", site.project, site.name, site.role, site.organisation, site.servers)
+    os.system(f"cp -r '{site.path}' '{opened.path}'")
+    site = Here(opened, Far(made[1]))
+    yield site
+    site.stop()
+
+
+# -- the usual -----------------------------------------------------------------------------------------------
+
+
+def test_a_job_from_its_first_task_to_its_end(here: Here):
+    """One process for all tasks; what was learned counts when it is acknowledged; a payload comes once."""
+    here.far.ask("1-train", "learn")
+    here.far.ask("2-train", "learn")
+    here.start()
+    first, second = here.answered("1-train"), here.answered("2-train")
+    assert first["state"] == "" and second["state"] == "learned in 1-train"
+    assert first["pid"] == second["pid"] and first["data"] == {"train": "/data/x.csv"} and first["site"] == "north"
+    assert first["settings"] == {"lr": "1"} and first["task"] == {"id": "1-train", "name": "train", "round": 1}
+    assert len(here.far.fetched) == 2  # the bundle and the payload
+    assert here.far.answers["1-train"][0].seconds == 0.5
+    until(lambda: (here.folder / "code/state.safetensors").read_text() == "learned in 2-train")
+    here.far.ask("3-train", "other")
+    here.answered("3-train")
+    assert [path.name for path in (here.folder / "payloads").iterdir()] == [here.far.tasks["3-train"].digest]
+    until(lambda: not [*(here.folder / "spool").iterdir()])
+    here.far.end = [here.far.job]
+    until(lambda: not here.folder.exists())
+    assert not alive(first["pid"]) and (here.kit.run / "over").read_text().split() == [here.far.job]
+    here.stop()
+    here.far.end = []
+    here.far.ask("4-train", "learn")
+    here.start()
+    assert "has ended at this site before" in here.answered("4-train")["reason"]
+
+
+@pytest.mark.parametrize("verdict", ["late", "unknown", "malformed"])
+def test_what_was_learned_in_vain_is_forgotten(here: Here, verdict: str):
+    """A late site trains on from where it was."""
+    here.far.verdict = verdict
+    here.far.ask("1-train", "learn")
+    here.start()
+    here.answered("1-train")
+    until(lambda: not [*(here.folder / "spool").iterdir()])
+    here.far.ask("2-train", "learn")
+    assert here.answered("2-train")["state"] == ""
+
+
+def test_the_same_answer_twice_is_one_that_counts(here: Here):
+    """The acknowledgement was lost: the server says so, and the site goes on from there."""
+    here.far.verdict = "duplicate"
+    here.far.ask("1-train", "learn")
+    here.start()
+    here.answered("1-train")
+    until(lambda: (here.folder / "code/state.safetensors").exists())
+
+
+def test_a_failure_is_an_answer(here: Here):
+    """The job's own, and that its process cannot even begin."""
+    here.far.ask("1-train", "fail")
+    here.far.ask("2-train", "broken")
+    here.far.ask("3-train", "learn")
+    here.start()
+    assert here.answered("1-train")["reason"] == "KeyError: 'label'" and here.far.answers["1-train"][0].failed
+    assert here.answered("2-train") == {"reason": "no data: mount the disk", "traceback": "Traceback"}
+    assert here.answered("3-train")["state"] == ""
+
+
+# -- what dies -----------------------------------------------------------------------------------------------
+
+
+def test_a_process_that_dies_is_started_again(here: Here):
+    """And nobody at the server notices."""
+    here.far.ask("1-train", "die once")
+    here.start()
+    assert here.answered("1-train")["site"] == "north"
+    assert (here.folder / "started").read_text() == "++" and here.daemon.counts["deaths"] == 1
+
+
+def test_a_task_that_kills_its_process_three_times_is_given_up(here: Here):
+    """The failure says how it died, with the last lines of its log; the next task is not blamed."""
+    here.far.ask("1-train", "die")
+    here.far.ask("2-train", "learn")
+    here.start()
+    said = here.answered("1-train")
+    assert "was killed" in said["reason"] and "third time" in said["reason"]
+    assert said["traceback"].splitlines()[-1] == "last words"
+    assert here.answered("2-train")["task"]["id"] == "2-train"
+
+
+def test_a_process_that_is_killed_while_idle_is_no_failure(here: Here):
+    """The next task finds another."""
+    here.far.ask("1-train", "learn")
+    here.start()
+    pid = here.answered("1-train")["pid"]
+    os.kill(pid, 9)
+    until(lambda: here.daemon._hosted[here.far.job].child.code is not None)
+    here.far.ask("2-train", "learn")
+    assert here.answered("2-train")["pid"] != pid and here.daemon.counts["deaths"] == 0
+
+
+def test_a_restarted_site_delivers_and_does_not_work_again(here: Here):
+    """What was finished lies in the spool; what was not is asked for again, and what is half written goes."""
+    here.far.deaf = True
+    here.far.ask("1-train", "learn")
+    here.start()
+    until(lambda: [*(here.folder / "spool").glob("*.json")])
+    here.stop()
+    assert "1-train" not in here.far.answers and (here.folder / "started").read_text() == "+"
+    (here.folder / "spool/2-train.answer").write_text("half")
+    (here.folder / "spool/3-train.json").write_text('{"job"')
+    here.far.polls = []
+    here.start()
+    until(lambda: here.far.polls)
+    here.far.deaf = False
+    here.answered("1-train")
+    until(lambda: (here.folder / "code/state.safetensors").exists() and not [*(here.folder / "spool").iterdir()])
+    assert here.far.polls[0] == ({here.far.job: ["1-train"]}, [here.far.job])
+    assert (here.folder / "started").read_text() == "+"
+
+
+def test_a_stopped_site_leaves_no_process(here: Here):
+    """Nor an answer to what it was interrupted in; then it is done again."""
+    here.far.ask("1-train", "hang")
+    here.start()
+    until(lambda: (here.folder / "started").exists())
+    pid = here.daemon._hosted[here.far.job].child.pid
+    here.stop()
+    assert not alive(pid) and not here.far.answers
+    here.far.ask("1-train", "learn")
+    here.start()
+    here.answered("1-train")
+
+
+def test_what_nobody_waits_for_is_stopped(here: Here):
+    """A dropped task, and an ended job, take their process along."""
+    here.far.ask("1-train", "hang")
+    here.start()
+    until(lambda: (here.folder / "started").exists())
+    pid = here.daemon._hosted[here.far.job].child.pid
+    del here.far.tasks["1-train"]
+    here.far.drop = {here.far.job: ["1-train"]}
+    here.far.ask("2-train", "learn")
+    assert here.answered("2-train")["pid"] != pid and not alive(pid)
+    assert here.daemon.counts["deaths"] == 0 and "1-train" not in here.far.answers
+    here.far.ask("3-train", "hang")
+    until(lambda: here.daemon.errands.holding)
+    here.far.end = [here.far.job]
+    del here.far.tasks["3-train"]
+    until(lambda: not here.folder.exists())
+
+
+# -- what is refused -----------------------------------------------------------------------------------------
+
+
+def reason(here: Here) -> str:
+    here.far.ask("1-train", "learn")
+    here.start()
+    said = here.answered("1-train")
+    assert here.far.answers["1-train"][0].failed and not (here.folder / "started").exists()
+    return said["reason"]
+
+
+@pytest.mark.parametrize("accept", [[], ["role:org_admin", "organisation:B", "bob"]])
+def test_a_submitter_whom_the_site_does_not_accept(here: Here, accept: list[str]):
+    """The site's settings outrank the job."""
+    here.settings = SiteSettings(poll=0.01, accept=accept)
+    assert "'north' takes no jobs of lead 'ada' of 'A'" in reason(here)
+
+
+@pytest.mark.parametrize("accept", ["ada", "role:lead", "organisation:A", "*"])
+def test_a_submitter_whom_it_accepts(here: Here, accept: str):
+    """By name, role or organisation."""
+    here.settings = SiteSettings(poll=0.01, accept=["bob", accept])
+    here.far.ask("1-train", "learn")
+    here.start()
+    assert "reason" not in here.answered("1-train")
+
+
+def test_a_changed_bundle(here: Here):
+    """Whoever changed it."""
+    zipped = here.far.bundle.replace(b"import koinon", b"import k0inon")
+    here.far.bundle, here.far.job = zipped, bundle.job_id("job", zipped)
+    here.far.blobs[digest(zipped)] = zipped
+    assert "no bundle: Bad CRC" in reason(here)
+
+
+def test_a_bundle_under_another_name(here: Here):
+    """Nobody runs a job twice by calling it another."""
+    here.far.job = "job-000000000000"
+    assert "under another name" in reason(here)
+
+
+def test_a_bundle_for_others(here: Here, made: tuple[Path, bytes], tmp_path: Path):
+    """Its submitter named who takes part."""
+    (tmp_path / "job.py").write_text("")
+    order = SimpleNamespace(file=str(tmp_path / "job.py"), settings={}, seed=0, rounds=1, fast=False)
+    zipped = bundle.pack(order, open_kit(made[0] / "ada"), sites=["south"])
+    here.far = Far(zipped)
+    assert "not for site 'north'" in reason(here)
+
+
+def test_a_submitter_who_was_revoked(here: Here, tmp_path: Path, made: tuple[Path, bytes]):
+    """The list comes with the orders, and is kept if the root signed it."""
+    os.system(f"cp -r '{made[0].parent}' '{tmp_path}/project'")
+    trust.revoke(PROJECT, tmp_path / "project", "ada")
+    here.far.revoked = '{"names": {}, "issued": "2999-01-01", "signature": "AAAA"}'
+    here.start()
+    until(lambda: len(here.far.polls) > 2)
+    assert not kit.revoked(here.kit).names
+    here.far.revoked = (tmp_path / "project/revoked.json").read_text()
+    until(lambda: "ada" in kit.revoked(here.kit).names)
+    here.stop()
+    assert "'ada' was revoked" in reason(here)
+
+
+def test_an_answer_that_is_not_taken_becomes_a_failure(here: Here, caplog: pytest.LogCaptureFixture):
+    """The server should at least know why there is none; if it does not even take that, the site goes on."""
+    here.far.wrong["push"] = [Refused("5 GB are over the limit")]
+    here.far.ask("1-train", "learn")
+    here.start()
+    assert "was not taken: 5 GB" in here.answered("1-train")["reason"]
+    here.far.wrong["push"] = [Refused("no"), Refused("no")]
+    here.far.ask("2-train", "learn")
+    until(lambda: "'2-train' of job" in caplog.text and not here.daemon.errands.holding.get(here.far.job))
+    del here.far.tasks["2-train"]
+    here.far.ask("3-train", "learn")
+    assert here.answered("3-train")["state"] == ""
+
+
+# -- what is said --------------------------------------------------------------------------------------------
+
+
+def test_an_outage_is_said_once(here: Here, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    """Each reason when it first shows, and then that the server answers again; not at every try."""
+    monkeypatch.setattr(daemon.random, "random", lambda: 0.01)
+    caplog.set_level(logging.INFO, "koinon.site")
+    here.far.ask("1-train", "learn")
+    here.far.wrong["poll"] = [LinkError("the name x cannot be resolved"), *[LinkError("refused: wait")] * 5]
+    here.far.wrong["push"] = [LinkError("cut")] * 3
+    here.far.wrong["fetch"] = [LinkError("cut")] * 3
+    here.start()
+    here.answered("1-train")
+    until(lambda: caplog.text.count("goes on") == 2)
+    text = caplog.text
+    assert text.count("cannot be resolved; it is tried again") == text.count("refused: wait; it is tried again") == 1
+    assert text.count("the server answers again") == 1
+    assert text.count("cut; it is tried again") == 2
+
+
+def test_nonsense_is_no_reason_to_stop(here: Here, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    """Neither what cannot be, nor a fault of the site's own; what the orders say with it is not done."""
+    monkeypatch.setattr(daemon.random, "random", lambda: 0.0)
+    here.far.ask("1-train", "learn", job="../../etc")
+    here.far.wrong["poll"] = [ZeroDivisionError()]
+    here.start()
+    until(lambda: "the server assigns what cannot be" in caplog.text and "fault of Koinon's own" in caplog.text)
+    here.far.tasks.clear()
+    here.far.ask("2-train", "learn")
+    here.answered("2-train")
+    assert not (here.kit.run / "etc").exists()
+
+
+def test_a_full_disk_takes_nothing_and_goes_on(
+    here: Here, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    """It says so; the server hears that the task is held, and that the site lives."""
+    here.settings = SiteSettings(poll=0.01, disk_gb=5)
+    monkeypatch.setattr(daemon, "LOOK", 0.05)
+    monkeypatch.setattr(daemon.Spool, "free_gb", lambda spool: 4.9)
+    here.far.ask("1-train", "learn")
+    here.start()
+    until(lambda: "less than 5 GB are free at" in caplog.text)
+    until(lambda: here.far.polls[-1][0] == {here.far.job: ["1-train"]})
+    assert not here.folder.exists() and caplog.text.count("less than 5 GB") == 1
+    monkeypatch.setattr(daemon.Spool, "free_gb", lambda spool: 5.1)
+    here.answered("1-train")
+
+
+def test_a_machine_that_slept_asks_at_once(here: Here, monkeypatch: pytest.MonkeyPatch):
+    """The clock on the wall has gone on, the other has not."""
+    site, began = Daemon(here.kit, here.settings, here.far), time.monotonic()
+    clock = iter([0.0, 0.0, 8 * 3600.0])
+    monkeypatch.setattr(daemon, "time", SimpleNamespace(monotonic=lambda: 0.0, time=lambda: next(clock)))
+    site._pause(1.5)
+    assert time.monotonic() - began < 1.4
+
+
+def test_the_certificate_is_renewed_in_time(here: Here, made: tuple[Path, bytes], monkeypatch: pytest.MonkeyPatch):
+    """Once it is due, and from then on the site shows the new one."""
+    here.start()
+    until(lambda: len(here.far.polls) > 2)
+    assert here.far.refreshed == 0
+    here.stop()
+    server, before = open_kit(made[0] / "server"), kit.owner(here.kit)
+    then = certificates.now() + (before.until - before.since) * 3 / 4
+    monkeypatch.setattr(certificates, "now", lambda: then)
+    request = kit.renewal_request(here.kit)
+    here.far.chain = certificates.renew(server.issuer, request, before, kit.revoked(server))
+    here.start()
+    until(lambda: here.far.refreshed)
+    assert kit.owner(here.kit).until > before.until
+
+
+def test_a_site_says_how_it_is(here: Here):
+    """To its own machine: well or not and why, and figures for Prometheus."""
+    here.far.down = True
+    here.far.ask("1-train", "fail")
+    server = status.serve(here.start(), 0)
+    address = f"http://127.0.0.1:{server.server_port}"
+    until(lambda: here.daemon.unreachable.said)
+    with pytest.raises(HTTPError, match="503") as ill:
+        urlopen(f"{address}/healthz")
+    assert ill.value.read() == b"nobody listens at localhost:1\n"
+    here.far.down = False
+    here.answered("1-train")
+    assert urlopen(f"{address}/healthz").read() == b"ok\n"
+    text = urlopen(f"{address}/metrics").read().decode()
+    assert 'koinon_site_total{what="failed"} 1' in text and re.search(r"koinon_site_jobs 1\n", text)
+    with pytest.raises(HTTPError, match="404"):
+        urlopen(f"{address}/etc/passwd")
+    server.shutdown()
+    server.server_close()

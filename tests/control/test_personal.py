@@ -119,7 +119,7 @@ class Spread(nn.Module):
 
 
 @pytest.mark.parametrize("settings", [{"terms": [ditto(0.4)], "epochs": 3}, {"epochs": Boosted(2), "momentum": 0.5}])
-@pytest.mark.parametrize(("batch_size", "median"), [(8, 0.55), (4, 0.4)])
+@pytest.mark.parametrize(("batch_size", "median"), [(8, 0.55), (4, 0.25)])
 def test_a_cohort_may_be_as_uneven_as_it_likes(settings, batch_size, median):
     """Sites with few samples before those with many, twice in a row: each ends where it ends by itself."""
     random = np.random.default_rng(1)

@@ -103,7 +103,7 @@ def test_a_kit_is_whole_or_not_there(folder: Path, monkeypatch: pytest.MonkeyPat
     """Provisioning that died in the middle is made up for by the next."""
     more = trust.added(PROJECT, ["hospital-3"])
     with monkeypatch.context() as patch:
-        patch.setattr(trust.kits, "_seal", lambda *_: 1 / 0)
+        patch.setattr(trust.kits, "_placed", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             trust.provision(more, folder)
     assert not (folder / "kits" / "hospital-3").exists()
@@ -209,6 +209,8 @@ def test_a_revoked_owner_of_a_key_needs_another(folder: Path, tmp_path: Path):
     trust.sign(more, folder, trust.request("hospital-3", tmp_path / "new"))
     shutil.copy(tmp_path / "new" / "key.pem", kit)
     revoked = Revoked.load(folder / "revoked.json", (folder / "root.pem").read_bytes())
+    assert revoked.refuses(owner(open_kit(kit))) is None
+    trust.renew(more, folder, "hospital-3")
     assert revoked.refuses(owner(open_kit(kit))) is None
 
 

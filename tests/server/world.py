@@ -10,7 +10,6 @@ import json
 import os
 import re
 import signal
-import ssl
 import subprocess
 import sys
 import time
@@ -27,6 +26,7 @@ from koinon.task.wire import Poll, encode
 from koinon.transport.tls import client_context
 
 SETTINGS = 'listen = "127.0.0.1:0"\n'
+SERVE = "from server import world; world.main()"
 TESTS = Path(__file__).parents[1]
 
 
@@ -70,13 +70,24 @@ class World:
         began, before = time.monotonic(), self.log.stat().st_size if self.log.exists() else 0
         with self.log.open("ab") as log:
             self.server = subprocess.Popen(
-                [sys.executable, "-c", f"{script}\nfrom server import world; world.main()", str(self.folder), self.store, *options],
+                [
+                    sys.executable,
+                    "-c",
+                    f"{script}\nfrom server import world; world.main()",
+                    str(self.folder),
+                    self.store,
+                    *options,
+                ],
                 env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *filter(None, sys.path)])},
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
             )
-        wait(lambda: re.search(rb"listens at port (\d+)", self.log.read_bytes()[before:]) or self.server.poll() is not None)
+        wait(
+            lambda: (
+                re.search(rb"listens at port (\d+)", self.log.read_bytes()[before:]) or self.server.poll() is not None
+            )
+        )
         found = re.search(rb"listens at port (\d+)", self.log.read_bytes()[before:])
         assert found, self.log.read_text()
         self.port = int(found[1])
@@ -148,7 +159,9 @@ class World:
         """Send an answer from there on; more: other parts of the query, headers."""
         headers = more.pop("headers", {})
         query = {"digest": sha(data), "size": len(data), "offset": offset, "seconds": 1.5, "failed": 0} | more
-        place = f"/v1/results/{task['job']}/{task['task']}?" + "&".join(f"{name}={value}" for name, value in query.items())
+        place = f"/v1/results/{task['job']}/{task['task']}?" + "&".join(
+            f"{name}={value}" for name, value in query.items()
+        )
         return self.call(who, "PUT", place, data[offset:], headers)
 
     def state(self, job: str, who: str = "boss") -> dict[str, Any]:
@@ -177,7 +190,14 @@ def main() -> None:
     folder, store, *options = sys.argv[1:]
     logging_as("json" if "json" in options else "text")
     port = next((int(option) for option in options if option.isdigit()), None)
-    asyncio.run(serve(open_kit(Path(folder) / "kits" / "server"), store=store, status_port=port, controller="server.scripted"))
+    asyncio.run(
+        serve(open_kit(Path(folder) / "kits" / "server"), store=store, status_port=port, controller="server.scripted")
+    )
+
+
+def place_of(task: Mapping[str, Any]) -> str:
+    """Where a site's answer to a task goes."""
+    return f"/v1/results/{task['job']}/{task['task']}"
 
 
 def sha(data: bytes) -> str:

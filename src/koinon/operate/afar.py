@@ -6,10 +6,12 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from koinon.data import Split
 from koinon.data.names import Names
@@ -22,6 +24,8 @@ from koinon.site.kit import open_kit
 from koinon.tracking import Event, Run, Sink, next_free, read
 from koinon.transport.http import Link
 from koinon.transport.tls import client_context
+
+T = TypeVar("T")
 
 POC = Path("poc")
 """Where `koinon poc start` puts a proof of concept, and `--on poc` looks for one."""
@@ -57,7 +61,7 @@ def run(order: Order, out: Path | None, sinks: Sequence[Sink], *, sites: int | N
         opened, link = open_kit(kit), linked(kit)
         job = link.submit(bundle.pack(order, opened, sites=names))
         reason = follow(link, job, sinks)
-        fetch(link, job, path)
+        patiently(partial(fetch, link, job, path))
     if reason:
         raise RunError(reason)
     return publish(read(path), sinks)
@@ -77,11 +81,7 @@ def follow(link: Link, job: str, sinks: Sequence[Sink]) -> str:
     """
     after, rest, state = 0, b"", ""
     while state not in OVER or rest:
-        try:
-            new, state = link.events(job, after)
-        except LinkError:
-            time.sleep(1.0)
-            continue
+        new, state = patiently(partial(link.events, job, after))
         after, rest = after + len(new), rest + new
         *lines, rest = rest.split(b"\n")
         for line in lines:
@@ -90,8 +90,17 @@ def follow(link: Link, job: str, sinks: Sequence[Sink]) -> str:
                 sink(event)
         if state in OVER and not new:
             break
-    said = link.job(job)
+    said = patiently(partial(link.job, job))
     return "" if said["state"] == "finished" else f"job '{job}' {said['state']}: {said['reason']}"
+
+
+def patiently(call: Callable[[], T]) -> T:
+    """What a call gives, tried again as long as the server cannot be reached."""
+    while True:
+        try:
+            return call()
+        except LinkError:
+            time.sleep(1.0)
 
 
 def fetch(link: Link, job: str, out: Path) -> None:
@@ -99,7 +108,7 @@ def fetch(link: Link, job: str, out: Path) -> None:
     files = [file["name"] for file in link.files(job) if file["name"] in SHOWN]
     if not files:
         return
-    out.mkdir(parents=True)
+    out.mkdir(parents=True, exist_ok=True)
     for name in files:
         link.file(job, name, out / name)
 

@@ -41,7 +41,7 @@ def issuer(key: Path, signer: Signer, project: str, days: int) -> str:
     It lives twice as long as the server's own certificate and is made anew with it: as long as the server's holds,
     a site gets the whole time.
     """
-    private, at = signing.new_key(key), certificates.now()
+    private, at = signing.new_key(key, durable=False), certificates.now()
     sites = x509.NameConstraints([x509.DirectoryName(certificates.name("", "site"))], None)
     clients = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH])
     name, times = certificates.name(project, "issuer"), (at, at + timedelta(days=2 * days))

@@ -24,7 +24,7 @@ from koinon.errors import KitError, nearest
 from koinon.provision import authority, templates
 from koinon.provision.project import Project, named
 from koinon.site import certificates, signing
-from koinon.site.certificates import Revoked, Role
+from koinon.site.certificates import Identity, Revoked, Role
 from koinon.site.kit import Manifest
 
 _OWN = ("kit.json", "certificate.pem", "key.pem", "issuer.key", "settings.toml", "revoked.json")
@@ -52,7 +52,8 @@ def provision(project: Project, folder: Path) -> list[Path]:
     """
     _folder(folder)
     _folder(folder / "kits")
-    signer, made = authority.root(folder, project.name), []
+    authority.root(folder, project.name)
+    made = []
     for name, (role, organisation) in project.participants().items():
         who = _who(project, folder, name)
         if who != (name, role, organisation):
@@ -61,7 +62,7 @@ def provision(project: Project, folder: Path) -> list[Path]:
                 "revoke it, and give the new one another name"
             )
         if not (folder / "kits" / name / "kit.json").exists() and name not in project.own_keys:
-            made.append(_make(project, folder, who, signer))
+            made.append(_make(project, folder, who))
     return made
 
 
@@ -76,7 +77,7 @@ def sign(project: Project, folder: Path, request: Path) -> Path:
     names = subject.get_attributes_for_oid(NameOID.COMMON_NAME)
     name = str(names[0].value) if names else ""
     _folder(folder / "kits")
-    return _make(project, folder, _who(project, folder, name), authority.root(folder, project.name), key)
+    return _make(project, folder, _who(project, folder, name), key=key)
 
 
 def renew(project: Project, folder: Path, name: str) -> Path:
@@ -88,11 +89,10 @@ def renew(project: Project, folder: Path, name: str) -> Path:
         KitError: there is no such kit, or it was revoked and its key is its owner's own.
     """
     path = _kit(folder, name)
-    if name in _revoked(folder).names:
-        if not (path / "key.pem").exists():
-            raise KitError(f"'{name}' was revoked and keeps its own key: ask it for a request with a new one, and sign")
-        signing.new_key(path / "key.pem")
-    return _make(project, folder, _who(project, folder, name), authority.root(folder, project.name))
+    void = _revoked(folder).refuses(_present(path)) is not None
+    if void and not (path / "key.pem").exists():
+        raise KitError(f"'{name}' was revoked and keeps its own key: ask it for a request with a new one, and sign")
+    return _make(project, folder, _who(project, folder, name), fresh=void)
 
 
 def revoke(project: Project, folder: Path, name: str) -> Path:
@@ -108,9 +108,8 @@ def revoke(project: Project, folder: Path, name: str) -> Path:
     if name == project.server.name:
         raise KitError("the server is what shuts others out: stop it, and make a new project if its key is lost")
     at, names = certificates.now(), _revoked(folder).names
-    present = certificates.identified(certificates.load(kit / "certificate.pem")[0])
     # The server's clock may be ahead, and what it renewed by that clock must be void too.
-    names = {**names, name: max(at + certificates.LEEWAY / 2, present.since)}
+    names = {**names, name: max(at + certificates.LEEWAY / 2, _present(kit).since)}
     said = {"issued": at.isoformat(), "names": {name: time.isoformat() for name, time in names.items()}}
     text = json.dumps(signing.signed(said, folder / "root.key"), indent=2).encode()
     signing.put(folder / "revoked.json", text)
@@ -140,50 +139,79 @@ def request(name: str, folder: Path) -> Path:
 
 
 def _make(
-    project: Project, folder: Path, who: _Who, signer: certificates.Signer, key: ec.EllipticCurvePublicKey | None = None
+    project: Project, folder: Path, who: _Who, *, key: ec.EllipticCurvePublicKey | None = None, fresh: bool = False
 ) -> Path:
-    """A kit, whole or not at all; one that is there gets a new certificate and keeps its settings and key."""
-    path = folder / "kits" / who.name
-    draft = path if path.exists() else path.with_name(f".{who.name}.draft")
-    if draft != path:
-        shutil.rmtree(draft, ignore_errors=True)
-        _folder(draft)
-    public = _public(draft, key)
-    made = certificates.now()
-    if void := _revoked(folder).names.get(who.name):
-        made = max(made, void + timedelta(seconds=1))
-    hosts = project.server.hosts() if who.role == "server" else ()
-    subject, life = certificates.name(*who), timedelta(days=project.days)
-    chain = signer.leaf(subject, public, made=made, life=life, role=who.role, hosts=hosts)
-    signing.put(draft / "certificate.pem", chain)
+    """A kit, whole or not at all.  One that is there gets a new certificate, and a new key only if that is asked for.
+
+    Args:
+        project: where the server is, and how long certificates hold.
+        folder: the project's.
+        who: for whom.
+        key: the owner's own, of which the kit has no private half.
+        fresh: whether the present key is not to be used again.
+    """
+    path, signer = folder / "kits" / who.name, authority.root(folder, project.name)
+    draft = path.with_name(f".{who.name}.draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    _folder(draft)
+    for name in ("settings.toml",) if key or fresh else ("settings.toml", "key.pem", "certificate.pem"):
+        if (path / name).exists():
+            shutil.copy2(path / name, draft)
+    public = key or _public(draft)
     files = templates.files(project, who.name, who.role)
     files["root.pem"] = (folder / "root.pem").read_text()
     if who.role == "server":
         files["issuer.pem"] = authority.issuer(draft / "issuer.key", signer, project.name, project.days)
-        if (folder / "revoked.json").exists():
-            signing.put(draft / "revoked.json", (folder / "revoked.json").read_bytes())
+    bound = [name for name in files if name != "settings.toml"]
     if (draft / "settings.toml").exists():
         files.pop("settings.toml", None)  # it is its owner's
-    for place, text in files.items():
-        (draft / place).parent.mkdir(parents=True, exist_ok=True)
-        signing.put(draft / place, text.encode(), 0o755 if place == "start.sh" else 0o644)
-    _seal(project, draft, who, sorted(files.keys() - {"settings.toml"}), folder / "root.key")
+    files["certificate.pem"] = _certificate(project, folder, who, signer, public)
+    if who.role == "server" and (folder / "revoked.json").exists():
+        files["revoked.json"] = (folder / "revoked.json").read_text()
+    for name, text in files.items():
+        (draft / name).parent.mkdir(parents=True, exist_ok=True)
+        signing.put(draft / name, text.encode(), 0o755 if name == "start.sh" else 0o644, durable=False)
+    _seal(project, draft, who, sorted(bound), folder / "root.key")
+    return _placed(draft, path)
+
+
+def _public(draft: Path) -> ec.EllipticCurvePublicKey:
+    """The key that a kit's next certificate is for: that of the kit, that of the present certificate, or a new one."""
+    if (draft / "key.pem").exists():
+        return signing.private_key(draft / "key.pem").public_key()
+    if (draft / "certificate.pem").exists():
+        return cast(ec.EllipticCurvePublicKey, certificates.load(draft / "certificate.pem")[0].public_key())
+    return signing.new_key(draft / "key.pem", durable=False).public_key()
+
+
+def _certificate(
+    project: Project, folder: Path, who: _Who, signer: certificates.Signer, key: ec.EllipticCurvePublicKey
+) -> str:
+    """A participant's, signed by the root; of a revoked name one that is not void."""
+    made = certificates.now()
+    if void := _revoked(folder).names.get(who.name):
+        made = max(made, void + timedelta(seconds=1))
+    hosts = project.server.hosts() if who.role == "server" else ()
+    life = timedelta(days=project.days)
+    return signer.leaf(certificates.name(*who), key, made=made, life=life, role=who.role, hosts=hosts).decode()
+
+
+def _placed(draft: Path, path: Path) -> Path:
+    """Put a finished kit in its place, and the same as an archive beside it."""
+    files = [file for file in draft.rglob("*") if file.is_file()]
+    signing.settle(*files, draft)
     _pack(draft, path)
-    draft.replace(path)
+    if path.exists():
+        if not (draft / "key.pem").exists():
+            (path / "key.pem").unlink(missing_ok=True)
+        for file in sorted(files, key=lambda file: file.name == "kit.json"):  # last: it speaks of the others
+            (path / file.relative_to(draft)).parent.mkdir(parents=True, exist_ok=True)
+            file.replace(path / file.relative_to(draft))
+        shutil.rmtree(draft)
+    else:
+        draft.replace(path)
+    signing.settle(path, path.parent)
     return path
-
-
-def _public(path: Path, key: ec.EllipticCurvePublicKey | None) -> ec.EllipticCurvePublicKey:
-    """The key that a kit's certificate is for: that of a request, the one it has, or a new one."""
-    if key is not None:
-        (path / "key.pem").unlink(missing_ok=True)
-        return key
-    if (path / "key.pem").exists():
-        return signing.private_key(path / "key.pem").public_key()
-    if (path / "certificate.pem").exists():
-        present = certificates.load(path / "certificate.pem")[0].public_key()
-        return cast(ec.EllipticCurvePublicKey, present)
-    return signing.new_key(path / "key.pem").public_key()
 
 
 def _seal(project: Project, path: Path, who: _Who, places: Iterable[str], root: Path) -> None:
@@ -197,7 +225,8 @@ def _seal(project: Project, path: Path, who: _Who, places: Iterable[str], root: 
         made=certificates.now().isoformat(),
         files={place: hashlib.sha256((path / place).read_bytes()).hexdigest() for place in places},
     )
-    signing.put(path / "kit.json", json.dumps(signing.signed(msgspec.to_builtins(said), root), indent=2).encode())
+    text = json.dumps(signing.signed(msgspec.to_builtins(said), root), indent=2)
+    signing.put(path / "kit.json", text.encode(), durable=False)
 
 
 def _pack(kit: Path, as_if: Path | None = None) -> None:
@@ -228,6 +257,11 @@ def _kit(folder: Path, name: str) -> Path:
     if name not in kits:
         raise KitError(f"there is no kit of '{name}' in '{folder}': {nearest(name, kits)}")
     return kits[name]
+
+
+def _present(kit: Path) -> Identity:
+    """What the certificate says that the operator made last."""
+    return certificates.identified(certificates.load(kit / "certificate.pem")[0])
 
 
 def _manifest(kit: Path) -> Manifest:

@@ -48,7 +48,7 @@ def start(folder: Path, sites: Sequence[str]) -> None:
     for name in ["server", *sites]:
         kit, role = folder / "kits" / name, "site" if name in sites else "server"
         (kit / "settings.toml").write_text(SETTINGS[role].format(port=port))
-        processes[name] = _started(kit, role)
+        processes[name] = started(kit, role)
         (folder / "processes.json").write_text(json.dumps(processes))
     until = time.monotonic() + BEGIN
     while not _serves(port):
@@ -98,7 +98,8 @@ def stop(folder: Path, patience: float = 10.0) -> None:
     file.unlink(missing_ok=True)
 
 
-def _started(kit: Path, role: str) -> int:
+def started(kit: Path, role: str) -> int:
+    """The process of a server or a site, begun with its kit."""
     module = {"server": "koinon.server", "site": "koinon.transport.site"}[role]
     with (kit / "log.txt").open("ab") as log:
         process = subprocess.Popen(

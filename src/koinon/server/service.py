@@ -168,10 +168,13 @@ class Service:
                 raise Denied(416, f"there are {size} bytes, and none from {start} on")
             response = web.StreamResponse(status=206 if "Range" in request.headers else 200)
             response.content_length, response.content_type = size - start, "application/octet-stream"
-            response.headers["Content-Range"] = f"bytes {start}-{size - 1}/{size}"
+            if response.status == 206:
+                response.headers["Content-Range"] = f"bytes {start}-{size - 1}/{size}"
             await response.prepare(request)
             file.seek(start)
-            while piece := await asyncio.to_thread(file.read, min(PIECE, size - start)):
+            while start < size:
+                if not (piece := await asyncio.to_thread(file.read, min(PIECE, size - start))):
+                    raise ConnectionResetError(f"'{path}' was cut off while it was sent")
                 await response.write(piece)
                 start += len(piece)
                 self._jobs.counts["bytes_out"] += len(piece)

@@ -137,9 +137,10 @@ class Daemon:
     def _ask_for_ever(self) -> None:
         backoff = Backoff()
         while not self._stopping.is_set():
-            began, wait = time.monotonic(), self.settings.poll
+            # Whether the server is there should be known, and said, at once.
+            began, wait = time.monotonic(), self.settings.poll if self.heard_at and not self.unreachable.said else 0.0
             try:
-                new = self._ask()
+                new = self._ask(wait)
                 backoff.reset()
                 if not new and time.monotonic() - began < wait / 2:  # a server that does not wait is not to be pressed
                     self._pause(min(1.0, wait))
@@ -150,14 +151,16 @@ class Daemon:
                 _log.exception("a fault of Koinon's own; it is tried again")
             self._pause(backoff.wait(random.random()))
 
-    def _ask(self) -> bool:
+    def _ask(self, wait: float) -> bool:
         """Ask once; whether there was anything new."""
         with self._change:
             holding, jobs = self.errands.holding, self.errands.jobs
-        orders = self.link.poll(holding, jobs, self.settings.poll)
+        orders = self.link.poll(holding, jobs, wait)
         with self._change:
             new = self.errands.hear(orders)
             self.counts["polls"] += 1
+            if not (self.heard_at or self.unreachable.said):
+                _log.info("the server answers")
             self.heard_at = time.time()
             if new or self.unreachable.said:
                 self._change.notify_all()

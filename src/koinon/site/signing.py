@@ -105,25 +105,40 @@ def private_key(path: Path) -> ec.EllipticCurvePrivateKey:
     return key
 
 
-def new_key(path: Path) -> ec.EllipticCurvePrivateKey:
-    """A new private key, in a file that only its owner may read."""
+def new_key(path: Path, *, durable: bool = True) -> ec.EllipticCurvePrivateKey:
+    """A new private key, in a file that only its owner may read; see `put`."""
     key = ec.generate_private_key(ec.SECP256R1())
-    put(path, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), 0o600)
+    put(path, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), 0o600, durable=durable)
     return key
 
 
-def put(path: Path, data: bytes, mode: int = 0o644) -> None:
-    """Write a file that is there whole or not at all, whenever the machine dies; it never has another mode."""
+def put(path: Path, data: bytes, mode: int = 0o644, *, durable: bool = True) -> None:
+    """Write a file that is there whole or not at all, whenever the process dies; it never has another mode.
+
+    Args:
+        path: of the file; one that is there is replaced.
+        data: what is in it.
+        mode: its mode.
+        durable: whether it also survives that the machine dies; otherwise `settle` its folder in the end.
+    """
     draft = path.with_name(f".{path.name}.draft")
     draft.unlink(missing_ok=True)
     with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
         file.write(data)
         file.flush()
         os.fchmod(file.fileno(), mode)
-        os.fsync(file.fileno())
+        if durable:
+            os.fsync(file.fileno())
     draft.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    if durable:
+        settle(path.parent)
+
+
+def settle(*paths: Path) -> None:
+    """Have files and folders on the disk.  Many together cost little more than one."""
+    for path in paths:
+        at = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(at)
+        finally:
+            os.close(at)

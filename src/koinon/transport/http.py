@@ -15,6 +15,7 @@ import select
 import ssl
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -94,11 +95,7 @@ class Link:
                 with self._asked("GET", f"/v1/blobs/{digest}", headers={"Range": f"bytes={have}-"}) as response:
                     if response.status != 206:  # from the start, whatever was asked for
                         sha, have = hashlib.sha256(), file.truncate(0)
-                    for piece in self._pieces(response):
-                        if (have := have + len(piece)) > size:
-                            break
-                        sha.update(piece)
-                        file.write(piece)
+                    have += self._keep(response, file, sha, size - have)
             file.flush()
             os.fsync(file.fileno())
         if have < size:
@@ -259,13 +256,33 @@ class Link:
             self.sent += length
         return True
 
+    def _keep(self, response: http.client.HTTPResponse, file: BinaryIO, sha: Any, most: int) -> int:
+        """Write and hash what comes, while more is coming; how many bytes came, and not much more than `most`."""
+
+        def keep(piece: memoryview) -> None:
+            sha.update(piece)
+            file.write(piece)
+
+        came, kept = 0, None
+        with ThreadPoolExecutor(1) as beside:
+            for piece in self._pieces(response):
+                if kept:
+                    kept.result()
+                kept, came = beside.submit(keep, piece), came + len(piece)
+                if came > most:
+                    break
+            if kept:
+                kept.result()
+        return came
+
     def _pieces(self, response: http.client.HTTPResponse) -> Iterator[memoryview]:
-        """What a response brings, in pieces that are gone with the next."""
-        buffer = memoryview(bytearray(PIECE))
+        """What a response brings, in pieces that are gone with the next but one."""
+        buffer, other = (memoryview(bytearray(PIECE)) for _ in range(2))
         try:
             while length := response.readinto(buffer):
                 self.received += length
                 yield buffer[:length]
+                buffer, other = other, buffer
         except FAULTS as cause:
             raise LinkError(said(cause, self.routes[self._at])) from cause
         if response.length:

@@ -16,7 +16,8 @@ _HOMES = {
         *["norm_bounded", "trimmed_mean", "Optimizer", "adagrad", "adam", "sgd", "yogi"],
     ],
     "koinon.control": [
-        *["Cyclic", "FedAvg", "FedBuff", "FedProx", "Hierarchical", "Known", "QFedAvg", "Sampler", "Scaffold"],
+        *["CrossSite", "Cyclic", "FedAvg", "FedBuff", "FedProx", "Hierarchical", "Known", "LoAdaBoost", "QFedAvg"],
+        *["Sampler", "Scaffold"],
         *["by_size", "by_speed", "everyone", "fraction", "power_of_choice"],
     ],
     "koinon.data": ["by", "classes", "dirichlet", "equal", "explicit", "iid", "lognormal", "power_law", "shards"],
@@ -29,7 +30,9 @@ _HOMES = {
     "koinon.payload.tree": ["norm", "zip_map"],
     "koinon.simulate": ["Here", "Weather", "alone", "ray", "simulate"],
     "koinon.task": ["Job"],
-    "koinon.training": ["Term", "clip_gradient", "control_variates", "partial_work", "proximal", "task"],
+    "koinon.training": [
+        *["Boosted", "Term", "clip_gradient", "control_variates", "ditto", "partial_work", "proximal", "task"],
+    ],
 }
 _ROOMS = {
     "data": "koinon.data",
@@ -65,12 +68,14 @@ if TYPE_CHECKING:
         yogi,
     )
     from koinon.control import (
+        CrossSite,
         Cyclic,
         FedAvg,
         FedBuff,
         FedProx,
         Hierarchical,
         Known,
+        LoAdaBoost,
         QFedAvg,
         Sampler,
         Scaffold,
@@ -104,9 +109,11 @@ if TYPE_CHECKING:
     from koinon.simulate import Here, Weather, alone, ray, simulate  # type: ignore[no-redef]  # functions: see _House
     from koinon.task import Job
     from koinon.training import (
+        Boosted,
         Term,
         clip_gradient,
         control_variates,
+        ditto,
         jax,
         keras,
         numpy,

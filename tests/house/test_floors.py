@@ -26,10 +26,11 @@ ROOF = ("", "testing", "flare", "flower")
 
 NEIGHBOURS = {
     ("tracking", "payload"): "a run read back gives its model as named arrays",
+    ("operate", "provision"): "the command line provisions",
 }
 """Who may import a room of its own floor, and why."""
 
-EXTRAS = ("torch", "jax", "tensorflow", "keras", "sklearn", "pyarrow", "PIL", "matplotlib", "ray")
+EXTRAS = ("torch", "jax", "tensorflow", "keras", "sklearn", "pyarrow", "PIL", "matplotlib", "ray", "psycopg")
 """What is not installed everywhere, and may therefore be imported inside a function."""
 
 IMPORTERS = ("koinon", "koinon.errors")

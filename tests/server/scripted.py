@@ -1,7 +1,8 @@
 """A controller that does what its job's settings say, without arrays: it stands in for the real one in these tests.
 
 Settings: rounds; size (bytes of each payload); quorum (answers that end a task, default all); crash (dies at each of
-these rounds after the post, as often as `times` says); say (a line of JSON that it says first).
+these rounds after the post, as often as `times` says, and after a `pause`); say (a line of JSON that it says first);
+spy (the server's kit, of which it tries to read what it should not).
 """
 
 from __future__ import annotations
@@ -13,6 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from koinon.site import child
+
+SECRETS = ("key.pem", "issuer.key", "settings.toml", "root.pem", "run/store")
+
+
+def _readable(path: Path) -> bool:
+    try:
+        return bool(list(path.iterdir()) if path.is_dir() else path.read_bytes())
+    except PermissionError:
+        return False
 
 
 def payload(round: int, size: int) -> bytes:
@@ -30,6 +40,11 @@ def main() -> None:
     state = json.loads((run / "commit.json").read_text()) if (run / "commit.json").exists() else {"round": 0, "log": []}
     if "say" in settings:
         line.say(**json.loads(settings["say"]))
+    if "spy" in settings:
+        (run / "spied.draft").write_text(
+            json.dumps({name: _readable(Path(settings["spy"]) / name) for name in SECRETS})
+        )
+        (run / "spied.draft").rename(run / "spied.json")
     lives = (run / "lives.txt").open("a", buffering=1)
     lives.write("x\n")
     for round in range(state["round"] + 1, int(settings.get("rounds", 1)) + 1):

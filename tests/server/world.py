@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import urlencode
 
 from koinon.provision import Admin, Project, Server, provision
 from koinon.server.__main__ import logging_as, serve
@@ -70,24 +71,13 @@ class World:
         began, before = time.monotonic(), self.log.stat().st_size if self.log.exists() else 0
         with self.log.open("ab") as log:
             self.server = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-c",
-                    f"{script}\nfrom server import world; world.main()",
-                    str(self.folder),
-                    self.store,
-                    *options,
-                ],
+                [sys.executable, "-c", f"{script}\n{SERVE}", str(self.folder), self.store, *options],
                 env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *filter(None, sys.path)])},
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
             )
-        wait(
-            lambda: (
-                re.search(rb"listens at port (\d+)", self.log.read_bytes()[before:]) or self.server.poll() is not None
-            )
-        )
+        wait(lambda: b"listens at port" in self.log.read_bytes()[before:] or self.server.poll() is not None)
         found = re.search(rb"listens at port (\d+)", self.log.read_bytes()[before:])
         assert found, self.log.read_text()
         self.port = int(found[1])
@@ -119,17 +109,14 @@ class World:
         self, who: str, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None
     ) -> tuple[int, Any]:
         """A call on somebody's kept connection: its status, and what was answered, from JSON if it is JSON."""
-        line = self.lines.setdefault(who, self.line(who)) if who in self.lines else self.line(who)
-        self.lines[who] = line
+        kept = self.lines.pop(who, None)
         try:
-            line.request(method, path, body, dict(headers or {}))
-            response = line.getresponse()
-        except (OSError, http.client.HTTPException):
-            line.close()
-            del self.lines[who]
-            raise
-        text = response.read()
-        self.headers = response.headers
+            line, response = _asked(kept or self.line(who), method, path, body, headers)
+        except http.client.RemoteDisconnected:
+            if not kept:
+                raise
+            line, response = _asked(self.line(who), method, path, body, headers)  # it was idle for too long
+        text, self.headers, self.lines[who] = response.read(), response.headers, line
         return response.status, json.loads(text) if response.headers.get_content_type() == "application/json" else text
 
     def poll(self, who: str, wait: float = 0, **said: Any) -> dict[str, Any]:
@@ -144,25 +131,30 @@ class World:
         assert status == 200, said
         return said["job"]
 
-    def bundle(self, who: str = "lead", sites: list[str] | None = None, **settings: Any) -> bytes:
+    def bundle(
+        self, who: str = "lead", sites: list[str] | None = None, everybody: bool = False, **settings: Any
+    ) -> bytes:
         """A job for the scripted controller."""
         (file := self.folder / "job.py").write_text("job = None\n")
         texts = {name: str(value) for name, value in settings.items()}
         order = SimpleNamespace(file=str(file), settings=texts, seed=0, rounds=None, fast=False)
-        return bundle.pack(order, self.kit(who), sites=self.sites if sites is None else sites)
+        return bundle.pack(order, self.kit(who), sites=None if everybody else sites or self.sites)
 
     def assigned(self, who: str, **said: Any) -> dict[str, Any]:
         """The next task of a site, as soon as there is one."""
         return wait(lambda: next(iter(self.poll(who, **said)["assignments"]), None))
 
-    def put(self, who: str, task: Mapping[str, Any], data: bytes, offset: int = 0, **more: Any) -> tuple[int, Any]:
+    def put(self, who: str, task: Mapping[str, Any], data: bytes, offset: Any = 0, **more: Any) -> tuple[int, Any]:
         """Send an answer from there on; more: other parts of the query, headers."""
         headers = more.pop("headers", {})
         query = {"digest": sha(data), "size": len(data), "offset": offset, "seconds": 1.5, "failed": 0} | more
-        place = f"/v1/results/{task['job']}/{task['task']}?" + "&".join(
-            f"{name}={value}" for name, value in query.items()
+        return self.call(
+            who,
+            "PUT",
+            f"{place_of(task)}?{urlencode(query)}",
+            data[offset:] if isinstance(offset, int) else data,
+            headers,
         )
-        return self.call(who, "PUT", place, data[offset:], headers)
 
     def state(self, job: str, who: str = "boss") -> dict[str, Any]:
         """What the server says of a job."""
@@ -183,6 +175,17 @@ class World:
                 status, said = self.put(who, task, answer(task) if answer else f"{who} {task['task']}".encode())
                 assert (status, said["verdict"]) == (200, "accepted")
                 count += 1
+
+
+def _asked(
+    line: http.client.HTTPSConnection, method: str, path: str, body: Any, headers: Mapping[str, str] | None
+) -> tuple[http.client.HTTPSConnection, http.client.HTTPResponse]:
+    try:
+        line.request(method, path, body, dict(headers or {}))
+        return line, line.getresponse()
+    except (OSError, http.client.HTTPException):
+        line.close()
+        raise
 
 
 def main() -> None:

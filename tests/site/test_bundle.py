@@ -339,7 +339,7 @@ def test_somebody_elses_name_is_refused(world: World, small: bytes, tmp_path: Pa
     issued = certificates.load(server.issuer)[0], signing.private_key(server.issuer.with_suffix(".key"))
     subject, at = certificates.name("ada", "lead", "North"), certificates.now()
     key = signing.private_key(ada.key)
-    leaf = certificates.Signer(*issued).leaf(subject, key.public_key(), at, timedelta(days=9), role="lead")
+    leaf = certificates.Signer(*issued).leaf(subject, key.public_key(), made=at, life=timedelta(days=9), role="lead")
     chain = leaf + server.issuer.read_bytes()
     with pytest.raises(Refused, match="the bundle's submitter"):
         world.check(resigned(small, ada, submitter=chain.decode()))

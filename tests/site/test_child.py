@@ -251,7 +251,7 @@ def test_a_folder_that_may_only_be_walked_through(tmp_path, monkeypatch):
 
 TAKES = {
     "memory": (Limits(memory_gb=1), "bytearray(2 << 30)", "MemoryError"),
-    "file": (Limits(file_gb=1e-3), "open('large', 'wb').write(bytes(2 << 20))", "OSError.*too large"),
+    "file": (Limits(file_gb=1e-3), "open('large', 'wb').write(bytes(2 << 20))", "File too large"),
 }
 
 
@@ -260,7 +260,7 @@ def test_too_much_is_an_error_in_the_job(start, limits, work, why):
     """Which it can report."""
     lines = f"try:\n  {work}\nexcept Exception as error:\n  line.say(error=repr(error))"
     said = start(lines, limits=limits).next()
-    assert __import__("re").search(why.split(".*")[0], said["error"])
+    assert why in said["error"]
 
 
 def test_too_much_time_ends_it(start):

@@ -51,7 +51,7 @@ class Peer(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+    protocol_version, disable_nagle_algorithm = "HTTP/1.1", True
     server: Peer
 
     def say(self, body: bytes, status: int = 200, **headers: str) -> None:

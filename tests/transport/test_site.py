@@ -103,10 +103,9 @@ def test_a_kit_that_was_changed_does_not_start(kits: tuple[Path, int], run: Call
         file.write("\n")
     site = run()
     assert site.process.wait(60) == 1
-    assert site.says(r"root.pem' was changed") and len(site.log.read_text().splitlines()) == 1
+    assert site.says(r"root.pem'.* was changed") and len(site.log.read_text().splitlines()) == 1
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
 def test_ten_thousand_polls_leak_nothing(kits: tuple[Path, int], run: Callable[..., Site]):
     """Resident memory after the first thousand, and after all."""

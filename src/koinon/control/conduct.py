@@ -30,7 +30,7 @@ def about(
     return {
         "job": type(job.controller).__name__,
         "seed": seed,
-        "rounds": getattr(job.controller, "rounds", 0),
+        "rounds": getattr(job.controller, "rounds", 0) or sites + 1,
         "sites": sites,
         "score": job.score,
         "began": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -123,13 +123,14 @@ def runs(
 @app.command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="run folders")],
+    by: Annotated[str, typer.Option(help="round, bytes or seconds")] = "round",
     out: Annotated[Path, typer.Option(help="where the plot goes")] = Path("compare.png"),
     as_json: AsJson = False,
 ) -> None:
     """Put runs side by side: one table, one plot."""
     read = [tracking.read(path) for path in runs]
     show([session.summary(one) for one in read], as_json)
-    path = plots.save(plots.compare(read), out)
+    path = plots.save(plots.compare(read, by), out)
     if not as_json:
         typer.echo(path)
 

@@ -134,23 +134,22 @@ class Jobs:
         entry, job = self.entries[id], self.running.get(id)
         if entry.state not in ACTIVE:
             return
-        self.note(await self.durable(self.store.update, entry, stopping=True))
+        await self.change(id, stopping=True)
         if job is None:
-            self.note(await self.durable(self.store.update, self.entries[id], state="stopped", reason="on demand"))
+            await self.change(id, state="stopped", reason="on demand")
         else:
             job.say(stop=True)
             asyncio.get_running_loop().call_later(PATIENCE, job.end)
 
-    def note(self, entry: Entry) -> None:
-        """What has become of a job; when it is over, its sites are told."""
-        self.entries[entry.id] = entry
+    async def change(self, id: str, **changes: Any) -> None:
+        """Something becomes of a job; when it is over, its sites are told."""
+        await self.durable(self.store.update, id, **changes)
+        self.entries[id] = entry = replace(self.entries[id], **changes)
         if entry.state not in ACTIVE:
-            self.running.pop(entry.id, None)
+            self.running.pop(id, None)
             self.wake(entry.sites or ())
-            how = f": {entry.reason}" if entry.reason else ""
-            _LOG.info("job '%s' is %s%s", entry.id, entry.state, how)
-            if not self.closing:
-                self.spawn(self.admit())
+            _LOG.info("job '%s' is %s%s", id, entry.state, f": {entry.reason}" if entry.reason else "")
+            self.spawn(self.admit())
 
     # -- the sites -------------------------------------------------------------------------------------------
 
@@ -273,7 +272,7 @@ class Running:
         unpacked = self.folder / "bundle"
         unpacked.parent.mkdir(parents=True, exist_ok=True)
         await asyncio.to_thread(bundle.unpack, self._store.blobs.path(self.entry.bundle), unpacked)
-        await self._changed(state="running", sites=self.entry.sites)
+        await self._jobs.change(self.id, state="running", sites=self.entry.sites)
         board = Board(lease=self._jobs.settings.silence)
         tasks = {task.key: task for task in await self._jobs.durable(self._store.tasks, self.id)}
         answers = await self._jobs.durable(self._store.answers, self.id)
@@ -348,11 +347,12 @@ class Running:
                 self.say(closed=id)  # after all that was acknowledged before
             case {"committed": int(round)}:  # of a controller that died before it could close them, too
                 await self._close(lambda task: task.key not in self._posted and task.round <= round)
-                self._jobs.note(await self._jobs.durable(self._store.committed, self.entry, round))
+                await self._jobs.durable(self._store.committed, self.id, round)
+                self._jobs.entries[self.id] = replace(self.entry, round=round)
                 self._deaths = 0
                 _LOG.info("job '%s' committed round %d", self.id, round)
             case {"state": "finished" | "failed" | "stopped" as state, **more}:
-                await self._changed(state=state, reason=str(more.get("reason", "")))
+                await self._jobs.change(self.id, state=state, reason=str(more.get("reason", "")))
             case _:
                 raise ValueError(f"{message!r:.200}")
 
@@ -384,9 +384,6 @@ class Running:
             for site in task.sites:
                 self.since.pop((task.key, site), None)
             self._jobs.wake(task.sites)
-
-    async def _changed(self, **changes: Any) -> None:
-        self._jobs.note(await self._jobs.durable(self._store.update, self.entry, **changes))
 
     # -- its sites -------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -180,26 +180,24 @@ class Store:
             rows = db.execute(select(_JOBS).order_by(_JOBS.c.submitted, _JOBS.c.id)).mappings()
             return [Entry(**row) for row in rows]
 
-    def update(self, entry: Entry, **changes: Any) -> Entry:
+    def update(self, job: str, **changes: Any) -> None:
         """Write down what became of a job; when it is over, the bytes of its tasks are dropped."""
-        after = replace(entry, **changes)
+        over = changes.get("state", "running") not in ACTIVE
         with self._engine.begin() as db:
-            db.execute(_JOBS.update().where(_JOBS.c.id == entry.id).values(changes))
-            if after.state not in ACTIVE:
-                db.execute(_TASKS.update().where(_TASKS.c.job == entry.id).values(state="done"))
-        if after.state not in ACTIVE:
-            self._release(self._digests(entry.id))
-        return after
+            db.execute(_JOBS.update().where(_JOBS.c.id == job).values(changes))
+            if over:
+                db.execute(_TASKS.update().where(_TASKS.c.job == job).values(state="done"))
+        if over:
+            self._release(self._digests(job))
 
-    def committed(self, entry: Entry, round: int) -> Entry:
+    def committed(self, job: str, round: int) -> None:
         """A round is durable: what was closed up to it is done, and the answers are needed no more."""
-        closed = (_TASKS.c.job == entry.id, _TASKS.c.state == "closed", _TASKS.c.round <= round)
+        closed = (_TASKS.c.job == job, _TASKS.c.state == "closed", _TASKS.c.round <= round)
         with self._engine.begin() as db:
             keys = list(db.scalars(select(_TASKS.c.key).where(*closed)))
-            db.execute(_JOBS.update().where(_JOBS.c.id == entry.id).values(round=round))
+            db.execute(_JOBS.update().where(_JOBS.c.id == job).values(round=round))
             db.execute(_TASKS.update().where(*closed).values(state="done"))
-        self._release(self._digests(entry.id, keys))
-        return replace(entry, round=round)
+        self._release(self._digests(job, keys))
 
     # -- tasks -----------------------------------------------------------------------------------------------
 

@@ -182,11 +182,8 @@ def manifest(said: Any) -> Manifest:
         found = msgspec.convert(said, Manifest)
         if not NAME.fullmatch(found.name):
             raise ValueError(f"no job may be called {found.name[:80]!r}")
-        base64_of = base64.b64encode(base64.b64decode(said.get("signature", ""))).decode()
-    except (ValueError, TypeError, AttributeError, RecursionError) as cause:
+    except (ValueError, RecursionError) as cause:
         raise Refused(f"{MANIFEST} in the bundle is no manifest: {cause}") from cause
-    if base64_of != said.get("signature", ""):  # it has other spellings, of which one byte more or less says nothing
-        raise Refused(f"{MANIFEST} in the bundle was changed")
     return found
 
 
@@ -282,9 +279,13 @@ def _said(text: bytes) -> tuple[Any, Manifest]:
         raise Refused(f"there is no {MANIFEST} in the bundle")
     try:
         said = json.loads(text)
-    except (ValueError, RecursionError) as cause:
+        found = manifest(said)
+        spelling = base64.b64encode(base64.b64decode(said.get("signature", ""))).decode()
+    except (ValueError, TypeError, RecursionError) as cause:
         raise Refused(f"{MANIFEST} in the bundle is no JSON: {cause}") from cause
-    return said, manifest(said)
+    if spelling != said.get("signature", ""):  # base64 has several for the same bytes
+        raise Refused(f"{MANIFEST} in the bundle was changed")
+    return said, found
 
 
 def _needed(job: Path) -> dict[str, bytes]:

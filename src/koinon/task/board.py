@@ -119,8 +119,11 @@ class Board:
         open_task.working[site] = now + self.lease
         return True
 
-    def verdict(self, answer: Result | Answers, now: float) -> Verdict:
-        """What `answer` would say, which counts even after its lease was over: so it can be kept before it is taken."""
+    def answer(self, answer: Result | Answers, now: float) -> Verdict:
+        """Take a site's answer, or those of several at once, at most once and as a whole.
+
+        An answer counts even after its lease was over, as long as the task is open and before its deadline.
+        """
         if answer.task in self._closed:
             return "late"
         open_task = self._open.get(answer.task)
@@ -133,13 +136,8 @@ class Board:
         if any(site not in open_task.waiting and site not in open_task.working for site in answer.sites):
             return "unknown"
         deadline = open_task.task.deadline
-        return "late" if deadline is not None and now >= deadline else "accepted"
-
-    def answer(self, answer: Result | Answers, now: float) -> Verdict:
-        """Take a site's answer, or those of several at once, at most once and as a whole."""
-        if (verdict := self.verdict(answer, now)) != "accepted":
-            return verdict
-        open_task = self._open[answer.task]
+        if deadline is not None and now >= deadline:
+            return "late"
         for site in answer.sites:
             open_task.waiting.pop(site, None)
             open_task.working.pop(site, None)

@@ -10,7 +10,7 @@ import pytest
 from house.source import PACKAGE, Module, imported, modules, resolved
 
 FLOORS = {
-    0: ("errors", "streams"),
+    0: ("errors", "lazy", "streams"),
     1: ("payload", "data", "tracking"),
     2: ("filters", "aggregate"),
     3: ("task",),
@@ -33,8 +33,8 @@ NEIGHBOURS = {
 EXTRAS = ("torch", "jax", "tensorflow", "keras", "sklearn", "pyarrow", "PIL", "matplotlib", "ray", "psycopg")
 """What is not installed everywhere, and may therefore be imported inside a function."""
 
-IMPORTERS = ("koinon", "koinon.errors")
-"""Who may import by a name in a string: the lazily loaded package, and `errors.extra`."""
+IMPORTERS = ("koinon", "koinon.errors", "koinon.lazy")
+"""Who may import by a name in a string: the lazily loaded package and rooms, and `errors.extra`."""
 
 
 def room(module: str) -> str:

@@ -15,12 +15,12 @@ from typing import Any
 
 from koinon.site import child
 
-SECRETS = ("key.pem", "issuer.key", "settings.toml", "root.pem", "run/store")
+SECRETS = ("key.pem", "issuer.key", "settings.toml", "root.pem", "run/store/koinon.sqlite")
 
 
 def _readable(path: Path) -> bool:
     try:
-        return bool(list(path.iterdir()) if path.is_dir() else path.read_bytes())
+        return bool(path.read_bytes())
     except PermissionError:
         return False
 

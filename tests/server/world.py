@@ -166,12 +166,13 @@ class World:
 
     def work(self, who: str, job: str, answer: Callable[[Mapping[str, Any]], bytes] | None = None) -> int:
         """Answer every task of a job until it is over; how many there were."""
-        count = 0
+        count, held = 0, dict[str, list[str]]()
         while True:
-            orders = self.poll(who, wait=1, jobs=[job])
+            orders = self.poll(who, wait=1, jobs=[job], holding=held)
             if job in orders["ended"]:
                 return count
-            for task in orders["assignments"]:
+            held |= {task["job"]: [task["task"]] for task in orders["assignments"] if task["job"] != job}
+            for task in (task for task in orders["assignments"] if task["job"] == job):
                 status, said = self.put(who, task, answer(task) if answer else f"{who} {task['task']}".encode())
                 assert (status, said["verdict"]) == (200, "accepted")
                 count += 1

@@ -82,7 +82,7 @@ def save(payload: Payload, path: Path) -> None:
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for array in arrays.values():
-            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def load(path: Path, limit: int = MAX_BYTES) -> Payload:

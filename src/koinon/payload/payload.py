@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
-Arrays: TypeAlias = Mapping[str, np.ndarray]
+Arrays: TypeAlias = Mapping[str, "np.ndarray"]
 """Named arrays: a model, an update, a state.  The order of names is part of it."""
 
 Plain: TypeAlias = Any

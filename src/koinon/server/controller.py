@@ -10,7 +10,7 @@ from typing import Any
 from koinon.control import Federation, Sites, about, conduct, opened
 from koinon.data import own
 from koinon.errors import in_a_line
-from koinon.site import Agent, bundle, child, in_loops, inline
+from koinon.site import Agent, bundle, child, in_loops, inline, jobfile
 from koinon.task import Job, Result, Task
 from koinon.tracking import SERVER, Event, Folder
 from koinon.tracking.folder import read_json, write_json
@@ -34,7 +34,7 @@ def main() -> None:
 
 def _run(line: child.Parent, order: dict[str, Any], run: Path) -> None:
     manifest = bundle.manifest(order["manifest"])
-    job = in_loops(manifest.job(Path(order["job"])))
+    job = in_loops(jobfile.ordered(manifest, Path(order["job"], manifest.file)))
     sites: list[str] = order["sites"]
     job.fits(sites)
     model = job.first_model(manifest.seed)

@@ -324,7 +324,7 @@ class Running:
             why = f"its controller died {DEATHS} times in one round, last with exit status {code}: {last}"
             await self._insist({"state": "failed", "reason": why})
         else:
-            await asyncio.sleep(min(0.1 * 4**self._deaths, 10))
+            await asyncio.sleep(0.1 * 2**self._deaths)
 
     async def _insist(self, message: dict[str, Any]) -> None:
         """Do what the controller says, and again until the disk and the database allow it."""
@@ -332,8 +332,7 @@ class Running:
             try:
                 return await self._heed(message)
             except (FileNotFoundError, KeyError, TypeError, ValueError) as cause:
-                _LOG.error("the controller of '%s' says what makes no sense: %s", self.id, cause)
-                return self.end()
+                message = {"state": "failed", "reason": f"its controller says what makes no sense: {cause!r}"}
             except (OSError, SQLAlchemyError) as cause:
                 _LOG.error("job '%s' has to wait: %s", self.id, cause)
                 await asyncio.sleep(1)

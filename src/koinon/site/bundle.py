@@ -26,10 +26,9 @@ import msgspec
 from cryptography import x509
 
 from koinon.errors import JobError, KoinonError, Refused
-from koinon.site import certificates, jobfile, signing
+from koinon.site import certificates, signing
 from koinon.site.certificates import Identity, Revoked
 from koinon.site.kit import Kit
-from koinon.task import Job
 
 SUBMITTERS = ("project_admin", "org_admin", "lead")
 """Who may submit jobs."""
@@ -75,26 +74,25 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     made: str
     nonce: str
 
-    def job(self, folder: Path) -> Job:
-        """The job, from the unpacked bundle.
-
-        Raises:
-            JobError, SettingsError: as `jobfile.load`.
-        """
-        return jobfile.ordered(self, folder / self.file)
-
     @property
     def owner(self) -> Identity:
         """Who submitted it, once `check` has found nothing wrong."""
         return certificates.identified(x509.load_pem_x509_certificate(self.submitter.encode()))
 
 
-class Order(jobfile.Ordered, Protocol):
-    """A job file, and how it is wanted."""
+class Order(Protocol):
+    """A job file, and how it is wanted; see Manifest."""
 
     @property
-    def file(self) -> str:
-        """The job file."""
+    def file(self) -> str: ...
+    @property
+    def settings(self) -> Mapping[str, str]: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def rounds(self) -> int | None: ...
+    @property
+    def fast(self) -> bool: ...
 
 
 def pack(order: Order, kit: Kit, *, sites: Sequence[str] | None = None) -> bytes:

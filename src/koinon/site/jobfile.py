@@ -13,38 +13,21 @@ import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from koinon.errors import EXTRAS, JobError, KoinonError, MissingExtra, SettingsError, nearest
 from koinon.task import Job
 
+if TYPE_CHECKING:
+    from koinon.site.bundle import Order
+
 PREFIX = "koinon_job_"
 """Of a job file's name as a module: what it defines travels by value, as nobody else could import it."""
 
 
-class Ordered(Protocol):
-    """How a job is wanted, besides its file."""
-
-    @property
-    def settings(self) -> Mapping[str, str]:
-        """Name -> text."""
-
-    @property
-    def seed(self) -> int:
-        """Of the run."""
-
-    @property
-    def rounds(self) -> int | None:
-        """Instead of the job's own."""
-
-    @property
-    def fast(self) -> bool:
-        """One round of a few batches."""
-
-
-def ordered(order: Ordered, path: Path, home: Path | None = None) -> Job:
+def ordered(order: Order, path: Path, home: Path | None = None) -> Job:
     """The job in a file, as it is wanted; see `load`."""
     job = load(path, order.settings, seed=order.seed, home=home)
     job = job.with_rounds(order.rounds) if order.rounds else job

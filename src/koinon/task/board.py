@@ -19,11 +19,13 @@ import math
 from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from koinon.errors import JobError
-from koinon.task.answers import Answers
 from koinon.task.task import Failure, Result, Task
+
+if TYPE_CHECKING:
+    from koinon.task.answers import Answers
 
 Verdict: TypeAlias = Literal["accepted", "duplicate", "late", "unknown", "malformed"]
 """What becomes of an answer; all but the first leave the board as it was."""

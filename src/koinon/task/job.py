@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, Protocol, TypeAlias, cast
+from typing import Any, Protocol, TypeAlias, cast
 
 import numpy as np
 
@@ -78,29 +78,6 @@ class Controller(Protocol):
 
     def run(self, fed: Any, model: Arrays) -> Arrays:
         """From the first global model to the last."""
-
-
-JobState: TypeAlias = Literal["submitted", "running", "finished", "failed", "stopped"]
-"""Where a job is in its life."""
-
-TRANSITIONS: Mapping[JobState, frozenset[JobState]] = {
-    "submitted": frozenset({"running", "stopped"}),
-    "running": frozenset({"finished", "failed", "stopped"}),
-    "stopped": frozenset({"running"}),  # a stopped or failed job is resumed from its last commit
-    "failed": frozenset({"running"}),
-    "finished": frozenset({"running"}),  # with more rounds
-}
-
-
-def move(before: JobState, after: JobState) -> JobState:
-    """The state `after`, if it may follow `before`.
-
-    Raises:
-        JobError: it may not.
-    """
-    if after not in TRANSITIONS[before]:
-        raise JobError(f"a job that is {before} cannot become {after}")
-    return after
 
 
 @dataclass(frozen=True, init=False, eq=False)

@@ -93,7 +93,8 @@ class Remote:
 
     def now(self) -> float:
         """Unix time; it stands just before a deadline until all that came in time is delivered."""
-        return min([time.time(), *(told["at"] for here in self._open.values() for told in here.arrived.values())])
+        waiting = [float(told["at"]) for here in self._open.values() for told in here.arrived.values()]
+        return min([time.time(), *waiting])
 
     def join(self, sites: Sequence[str], quorum: float) -> None:
         """Ask all sites what they hold, and wait for them as a round does; who is late is heard later.

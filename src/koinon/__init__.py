@@ -29,6 +29,8 @@ _HOMES = {
     "koinon.payload": ["Arrays", "Payload"],
     "koinon.payload.tree": ["norm", "zip_map"],
     "koinon.simulate": ["Here", "Weather", "alone", "ray", "simulate"],
+    "koinon.site.attached": ["Received", "receive", "send"],
+    "koinon.site.script": ["Script"],
     "koinon.task": ["Job"],
     "koinon.training": [
         *["Boosted", "Term", "clip_gradient", "control_variates", "ditto", "partial_work", "proximal", "task"],
@@ -107,6 +109,8 @@ if TYPE_CHECKING:
     from koinon.payload import Arrays, Payload
     from koinon.payload.tree import norm, zip_map
     from koinon.simulate import Here, Weather, alone, ray, simulate  # type: ignore[no-redef]  # functions: see _House
+    from koinon.site.attached import Received, receive, send
+    from koinon.site.script import Script
     from koinon.task import Job
     from koinon.training import (
         Boosted,

@@ -21,6 +21,7 @@ CASES = {
     "cifar10": ("cifar10", ["--fast"], "cifar10", 0.0),
     "figure2": ("figure2", ["--fast"], "cifar10", 0.0),
     "fedprox": ("fedprox", ["--seed", "1", "--rounds", "3", "--set", "stragglers=0.9"], None, 0.3),
+    "own_script": ("own_script", ["--rounds", "2"], None, 0.4),
     "tcga": ("tcga", ["--seed", "42", "--rounds", "1"], "tcga_brca", 0.5),
     "tcga cyclic": ("tcga", ["--rounds", "1", "--set", "strategy=cyclic"], "tcga_brca", 0.5),
     "tcga scaffold": ("tcga", ["--rounds", "1", "--set", "strategy=scaffold"], "tcga_brca", 0.0),

@@ -73,9 +73,10 @@ def test_a_controller_that_dies_again_and_again_fails_with_its_last_words(world:
     assert world.poll("a", jobs=[job])["ended"] == [job]
 
 
-@pytest.mark.parametrize(
-    "said", ['{"nonsense": 1}', '{"post": {"id": 1}}', '{"post": {"id": "x", "payload": "/etc/passwd"}}']
-)
+NONSENSE = ['{"nonsense": 1}', '{"post": {"id": 1}}', '{"post": {"id": "x", "payload": "/etc/passwd"}}']
+
+
+@pytest.mark.parametrize("said", NONSENSE)
 def test_a_controller_that_says_what_makes_no_sense_fails(world: World, said: str):
     """Nothing outside its own folder is sent anywhere."""
     said = world.finished(world.submit(say=said))
@@ -83,8 +84,13 @@ def test_a_controller_that_says_what_makes_no_sense_fails(world: World, said: st
     assert len(list((world.run / "blobs").iterdir())) == 1
 
 
-def test_the_server_goes_on_where_it_was_killed(world: World):
-    """With SIGKILL, in the middle of an upload, after one of two has answered; within 5 seconds."""
+def test_the_server_goes_on_where_it_was_killed(tmp_path: Path, database: str):
+    """With SIGKILL, in the middle of an upload, after one of two has answered; within 5 seconds; on both databases."""
+    with running(tmp_path / "p", settings="disk_gb = 0.0\n", store=database) as world:
+        _killed(world)
+
+
+def _killed(world: World) -> None:
     job = world.submit(rounds=2, size=1000)
     tasks = {site: world.assigned(site) for site in ("a", "b")}
     assert world.put("a", tasks["a"], f"a {tasks['a']['task']}".encode())[1]["verdict"] == "accepted"

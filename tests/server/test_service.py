@@ -291,8 +291,8 @@ def test_a_bundle_is_checked_before_it_is_taken(world: World):
 def test_nothing_outside_a_run_folder_is_read(world: World):
     """Neither by a name nor by a link that a job's own code has put there."""
     job = world.submit(sites=["a"])
-    world.assigned("a")
     run = world.run / "jobs" / job / "run"
+    wait(run.is_dir)
     (run / "link").symlink_to(world.folder / "kits" / "server" / "key.pem")
     (run / "away").symlink_to(world.folder / "kits" / "server")
     names = [file["name"] for file in world.call("boss", "GET", f"/v1/jobs/{job}/files")[1]]
@@ -332,7 +332,10 @@ def test_a_certificate_is_renewed_for_its_owner(world: World):
 
 
 def test_calls_that_do_not_exist(world: World):
-    """Say so in the same form as every refusal."""
+    """Say so in the same form as every refusal; and nobody writes lines of their own into the log."""
+    for path in ("/v1/%0A2026-01-01%20ERROR%20forged", "/v1/jobs/%0A2026-01-01%20ERROR%20forged"):
+        assert world.call("boss", "GET", path)[0] == 404
+    assert not [line for line in world.log.read_text().splitlines() if line.startswith("2026-01-01")]
     for method, path in (("GET", "/"), ("DELETE", "/v1/jobs"), ("GET", "/v2/poll"), ("GET", "/v1/jobs/none")):
         status, said = world.call("boss", method, path)
         assert status == 404 and said["error"]

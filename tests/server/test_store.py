@@ -82,7 +82,7 @@ def test_everything_is_there_after_a_restart(opened: Opened):
     assert opened.accept(replace(answer("a", b"1"), at=8.0), b"1") == "accepted"
     store.saw("a", "North")
     store.saw("a", "South")
-    store.record("submitted", ENTRY.id, "ada", "lead", "East")
+    store.record("submitted", ENTRY.id, name="ada", role="lead", organisation="East")
     store = opened.reopen()
     assert store.swept == 0
     assert store.jobs() == [replace(ENTRY, state="running", sites=["a", "b"])]

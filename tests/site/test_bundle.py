@@ -21,7 +21,7 @@ from hypothesis import strategies as some
 from koinon import provision as trust
 from koinon.errors import JobError, Refused
 from koinon.provision import Admin, Project, Server
-from koinon.site import bundle, certificates, signing
+from koinon.site import bundle, certificates, jobfile, signing
 from koinon.site.certificates import Revoked
 from koinon.site.kit import Kit, open_kit, revoked
 
@@ -147,9 +147,9 @@ def test_a_bundle_says_who_wants_what(world: World, packed: bytes, tmp_path: Pat
     assert (said.name, said.file, said.seed, said.rounds, said.sites) == ("job", "job.py", 3, 7, ["site-1"])
     assert (said.owner.name, said.owner.role, said.owner.organisation) == ("ada", "lead", "North")
     bundle.unpack(packed, tmp_path / "code")
-    job = said.job(tmp_path / "code")
+    job = jobfile.ordered(said, tmp_path / "code" / said.file)
     assert (job.controller.rounds, job.executors[0].lr) == (7, 0.5)
-    assert bundle.manifest({**vars_of(said)}).job(tmp_path / "code").controller.rounds == 7
+    assert bundle.manifest({**vars_of(said)}) == said
 
 
 def vars_of(manifest: bundle.Manifest) -> dict:

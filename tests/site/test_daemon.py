@@ -21,7 +21,7 @@ import pytest
 from koinon import provision as trust
 from koinon.errors import LinkError, Refused
 from koinon.provision import Admin, Project, Server
-from koinon.site import bundle, certificates, daemon, kit, status
+from koinon.site import bundle, certificates, daemon, kit, landlock, status
 from koinon.site.daemon import Daemon
 from koinon.site.kit import Kit, SiteSettings, open_kit
 from koinon.task.wire import Assignment, Orders
@@ -47,6 +47,15 @@ for message in heard:
     if asked == "die" or (asked == "die once" and started.read_text() == "+"):
         print("last words", flush=True)
         os.kill(os.getpid(), 9)
+    if asked == "look":
+        job = pathlib.Path(order["job"]).parent
+        for path in [*job.parents[2].rglob("*"), job.parents[2] / "settings.toml"]:
+            try:
+                path.is_file() and path.open("r+").close()
+            except OSError:
+                continue
+            if path.is_file() and job not in path.parents:
+                print("seen", path, flush=True)
     while asked == "hang":
         time.sleep(0.01)
     failed = asked == "fail"
@@ -244,6 +253,22 @@ def test_a_failure_is_an_answer(here: Here):
     assert here.answered("1-train")["reason"] == "KeyError: 'label'" and here.far.answers["1-train"][0].failed
     assert here.answered("2-train") == {"reason": "no data: mount the disk", "traceback": "Traceback"}
     assert here.answered("3-train")["state"] == ""
+
+
+@pytest.mark.skipif(not landlock.version(), reason="this system cannot hide files")
+def test_a_job_sees_nothing_of_the_site_but_its_own_folder(here: Here):
+    """Neither the key, nor the settings that outrank it, nor other jobs, also those that come later."""
+    (here.kit.run / "jobs/other").mkdir(parents=True)
+    (here.kit.run / "jobs/other/bundle.zip").write_text("")
+    (here.kit.run / "over").write_text("")
+    here.far.ask("1-train", "learn")
+    here.start()
+    here.answered("1-train")
+    (here.kit.run / "jobs/later").mkdir()
+    (here.kit.run / "jobs/later/bundle.zip").write_text("")
+    here.far.ask("2-train", "look")
+    here.answered("2-train")
+    assert "seen" not in (here.folder / "work/log.txt").read_text()
 
 
 # -- what dies -----------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 """The protocol under every misfortune: board and errands, over a line that loses, delays, repeats and reorders, with
-processes that are killed at any step, in virtual time.  A seed that fails replays: `--seed N` of `python test_protocol.py`.
+processes that are killed at any step, in virtual time.  A seed that fails replays: `python test_protocol.py SEED`.
 
 What must hold: an acknowledged answer is in exactly one commit, a round ends, nobody waits for ever, a job ends.
 """

@@ -106,6 +106,14 @@ def test_a_kit_that_was_changed_does_not_start(kits: tuple[Path, int], run: Call
     assert site.says(r"root.pem'.* was changed") and len(site.log.read_text().splitlines()) == 1
 
 
+def test_a_kit_is_used_once(run: Callable[..., Site]):
+    """Two processes would take each other's answers away."""
+    site = run()
+    until(lambda: site.says("nobody listens"))
+    assert run().process.wait(60) == 1
+    assert site.says("is in use: another process runs as site 'north'") and site.process.poll() is None
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
 def test_ten_thousand_polls_leak_nothing(kits: tuple[Path, int], run: Callable[..., Site]):
     """Resident memory after the first thousand, and after all."""

@@ -14,6 +14,7 @@ import signal
 import ssl
 import sys
 import time
+from asyncio.sslproto import SSLProtocol
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
@@ -34,6 +35,9 @@ HANDSHAKE = 10.0
 
 IDLE = 30.0
 """Seconds within which it must have asked something."""
+
+BUFFER = 1 << 16
+"""Bytes that asyncio sets aside for each connection, known or not; by itself it takes four times as much."""
 
 _LOG = logging.getLogger("koinon.server")
 
@@ -88,6 +92,7 @@ async def _serve(kit: Kit, wanted: ServerSettings, *, store: str, status_port: i
         jobs.spawn(service.watch())
         context = server_context(kit)
         context.sslobject_class = Handshake
+        SSLProtocol.max_size = BUFFER
         async with listening(service.app(), wanted.listen, context) as port, status(jobs, status_port):
             _LOG.info("the server of '%s' listens at port %d", kit.project, port)
             await over.wait()
@@ -106,7 +111,7 @@ async def listening(app: web.Application, listen: str, context: ssl.SSLContext |
         SettingsError: the address cannot be had.
     """
     host, _, port = listen.rpartition(":")
-    runner = web.AppRunner(app, access_log=None, keepalive_timeout=IDLE, shutdown_timeout=2.0, read_bufsize=1 << 18)
+    runner = web.AppRunner(app, access_log=None, keepalive_timeout=IDLE, shutdown_timeout=2.0, read_bufsize=BUFFER)
     await runner.setup()
     assert runner.server
     limit, loop = HANDSHAKE if context else None, asyncio.get_running_loop()

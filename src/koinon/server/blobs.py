@@ -114,7 +114,7 @@ class Blobs:
         """Remember how far an arrival came."""
         arrival.close()
         if len(self._cut) >= REMEMBERED:
-            del self._cut[next(iter(self._cut))]
+            self._cut.pop(next(iter(list(self._cut))), None)
         self._cut[arrival.path] = (arrival.size, arrival.hash)
 
 

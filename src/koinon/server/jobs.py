@@ -191,15 +191,18 @@ class Jobs:
         active = {id for id, entry in self.entries.items() if entry.state in ACTIVE}
         return Orders(assignments, dropped, sorted({*poll.jobs, *poll.holding} - active))
 
-    def fetches(self, site: str, digest: str) -> bool:
-        """Whether an assignment of this site names these bytes."""
-        return any(job.names(site, digest) for job in self.running.values())
+    def names(self, site: str, digest: str) -> bool:
+        """Whether an open task of this site needs these bytes."""
+        needs = (
+            (task.sites, task.digest, job.entry.bundle) for job in self.running.values() for task in job.tasks.values()
+        )
+        return any(site in sites and digest in digests for sites, *digests in needs)
 
     def moved(self, answer: Answer) -> None:
         """Some of an answer's bytes have come: its site does not stand still."""
-        self.seen[answer.site] = time.monotonic()
-        if job := self.running.get(answer.job):
-            job.since[answer.task, answer.site] = self.seen[answer.site]
+        self.seen[answer.site] = now = time.monotonic()
+        if (job := self.running.get(answer.job)) and (answer.task, answer.site) in job.since:
+            job.since[answer.task, answer.site] = now
 
     async def answer(self, answer: Answer, arrived: Path) -> Verdict:
         """Take an answer whose bytes are on the disk: what became of it, which is durable then."""
@@ -302,9 +305,10 @@ class Running:
             self.say(stop=True)
         try:
             while (message := await heard.get()) is not None:
-                await self._insist(message)
-                if self.entry.state not in ACTIVE:
-                    loop.call_later(FAREWELL, child.end)
+                if self.entry.state in ACTIVE:
+                    await self._insist(message)
+                    if self.entry.state not in ACTIVE:
+                        loop.call_later(FAREWELL, child.end)
         finally:
             child.end()
             self._mouth.put(None)
@@ -413,10 +417,6 @@ class Running:
             return []
         answered = await self._jobs.durable(self._store.answered, self.id, site, doubtful)
         return [key for key in doubtful if key not in answered]
-
-    def names(self, site: str, digest: str) -> bool:
-        """Whether an open task of this site needs these bytes."""
-        return any(site in task.sites and digest in (task.digest, self.entry.bundle) for task in self.tasks.values())
 
     def answered(self, answer: Answer) -> None:
         """An answer is in the store: it goes onto the board, and to the controller."""

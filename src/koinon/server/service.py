@@ -22,6 +22,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import msgspec
 from aiohttp import web
@@ -44,7 +45,7 @@ SMALL = 1 << 20
 FAILED = 64 << 10
 """Bytes in which a site says why it has no answer, at most."""
 
-PIECE = 1 << 20
+PIECE = 1 << 18
 """Bytes of a transfer that are handed on at once."""
 
 WAIT = 25.0
@@ -83,6 +84,7 @@ class Service:
         self._kit, self._jobs, self._door = kit, jobs, door
         self._blobs: Blobs = jobs.store.blobs
         self._uploads: dict[str, tuple[asyncio.Transport, asyncio.Event]] = {}
+        self._told: WeakKeyDictionary[asyncio.Transport, str] = WeakKeyDictionary()  # of those who are revoked
         self._revoked = 0.0  # when the list of revoked names changed last
 
     def app(self) -> web.Application:
@@ -138,6 +140,8 @@ class Service:
                 return self._denied(request, Denied(no.status, no.reason))
             except ConnectionError:
                 raise  # nobody is left to be told
+            except TimeoutError:
+                return self._denied(request, Denied(408, f"nothing came for {QUIET:g} s", cut=True))
             except (OSError, SQLAlchemyError) as cause:
                 full = getattr(cause, "errno", None) in FULL or "is full" in str(cause)
                 what = "there is no room on the server's disk" if full else "the server's store cannot be reached"
@@ -149,8 +153,8 @@ class Service:
 
     def _denied(self, request: web.Request, no: Denied) -> web.StreamResponse:
         self._jobs.counts["refused"] += 1
-        who = self._door.known(request.transport)
-        _LOG.warning("refused %s %s of %s: %d, %s", request.method, request.path, who, no.status, no)
+        who, asked = self._door.known(request.transport), f"{request.method} {request.raw_path[:200]}"
+        _LOG.warning("refused %s of %s: %d, %s", asked, who, no.status, " ".join(str(no).split()))  # one line
         response = web.json_response({"error": str(no)}, status=no.status)
         if no.cut:
             response.force_close()
@@ -186,7 +190,8 @@ class Service:
 
     async def _record(self, who: Identity, act: str, of: str) -> None:
         _LOG.info("%s: %s %s", said(who), act, of)
-        await self._jobs.durable(self._jobs.store.record, act, of, who.name, who.role, who.organisation)
+        by = {"name": who.name, "role": who.role, "organisation": who.organisation}
+        await self._jobs.durable(self._jobs.store.record, act, of, **by)
 
     # -- a site's --------------------------------------------------------------------------------------------
 
@@ -204,11 +209,15 @@ class Service:
             with suppress(TimeoutError):
                 await asyncio.wait_for(news.wait(), left)
         self._jobs.alive(who.name, who.organisation)
-        return _said(msgspec.structs.replace(orders, revoked=self._door.revoked.text))
+        list_of = self._door.revoked.text
+        if request.transport and self._told.get(request.transport) != list_of:
+            self._told[request.transport] = list_of
+            orders = msgspec.structs.replace(orders, revoked=list_of)
+        return _said(orders)
 
     async def _blob(self, request: web.Request, who: Identity) -> web.StreamResponse:
         digest = request.match_info["digest"]
-        if not self._jobs.fetches(who.name, digest):
+        if not self._jobs.names(who.name, digest):
             raise Denied(404, f"no task of {said(who)} names the bytes {digest[:64]}")
         return await self._send(request, self._blobs.path(digest))
 
@@ -432,4 +441,5 @@ def _length(request: web.Request, most: int | None = None) -> int:
 
 async def _body(request: web.Request, most: int = SMALL) -> bytes:
     _length(request, most)
-    return await request.read()
+    async with asyncio.timeout(QUIET):
+        return await request.read()

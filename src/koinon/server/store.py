@@ -11,55 +11,18 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy import JSON, BigInteger, Boolean, Column, Float, Index, Integer, String, Table, Text, select, union
+from sqlalchemy import select, union
 from sqlalchemy.exc import ArgumentError, OperationalError
 
 from koinon.errors import SettingsError, extra
 from koinon.server.blobs import Blobs, place
 from koinon.task import JobState, Verdict
-
-_META = sa.MetaData()
-_JOBS = Table(
-    "jobs",
-    _META,
-    *(Column("id", String(200), primary_key=True), Column("name", String(200)), Column("state", String(20))),
-    *(Column("reason", Text), Column("round", Integer), Column("submitter", String(200))),
-    *(Column("organisation", String(200)), Column("submitted", Float(53)), Column("bundle", String(64))),
-    *(Column("size", BigInteger), Column("manifest", JSON), Column("sites", JSON), Column("stopping", Boolean)),
-)
-_TASKS = Table(
-    "tasks",
-    _META,
-    *(Column("job", String(200), primary_key=True), Column("key", String(250), primary_key=True)),
-    *(Column("id", String(200)), Column("name", String(200)), Column("round", Integer), Column("digest", String(64))),
-    *(Column("size", BigInteger), Column("sites", JSON), Column("state", String(10)), Column("posted", Float(53))),
-    Index("tasks_by_state", "state"),
-)
-_RESULTS = Table(
-    "results",
-    _META,
-    *(Column("job", String(200), primary_key=True), Column("task", String(250), primary_key=True)),
-    *(Column("site", String(200), primary_key=True), Column("digest", String(64)), Column("size", BigInteger)),
-    *(Column("seconds", Float(53)), Column("failed", Boolean), Column("at", Float(53)), Column("given_up", Boolean)),
-    Index("results_by_digest", "digest"),
-)
-_SITES = Table(
-    "sites",
-    _META,
-    *(Column("name", String(200), primary_key=True), Column("organisation", String(200)), Column("seen", Float(53))),
-)
-_AUDIT = Table(
-    "audit",
-    _META,
-    *(Column("number", Integer, primary_key=True), Column("at", Float(53)), Column("name", String(200))),
-    *(Column("role", String(20)), Column("organisation", String(200)), Column("act", String(40)), Column("of", Text)),
-)
 
 ACTIVE: tuple[JobState, ...] = ("submitted", "running")
 
@@ -131,6 +94,35 @@ class Answer:
     def owner(self) -> str:
         """What its bytes are kept under while they arrive."""
         return place(self.job, self.task, self.site)
+
+
+_META = sa.MetaData()
+_KINDS: dict[str, Any] = {
+    "str": sa.Text,
+    "int": sa.BigInteger,
+    "float": sa.Float(53),
+    "bool": sa.Boolean,
+    "JobState": sa.Text,
+}
+
+
+def _table(name: str, keys: Collection[str], kinds: Mapping[str, str]) -> sa.Table:
+    """A table with columns of these kinds; lists and dicts are JSON, and the rest is text."""
+    columns = ((one, sa.JSON if "[" in kind else _KINDS.get(kind, sa.Text)) for one, kind in kinds.items())
+    return sa.Table(name, _META, *(sa.Column(one, kind, primary_key=one in keys) for one, kind in columns))
+
+
+def _of(kind: type) -> dict[str, str]:
+    return {one.name: str(one.type) for one in fields(kind)}
+
+
+_JOBS = _table("jobs", ["id"], _of(Entry))
+_TASKS = _table("tasks", ["job", "key"], {"key": "str", "posted": "float", **_of(Posted)})
+_RESULTS = _table("results", ["job", "task", "site"], _of(Answer))
+_SITES = _table("sites", ["name"], {"name": "str", "organisation": "str", "seen": "float"})
+_AUDIT = _table("audit", [], {"at": "float"} | dict.fromkeys(("name", "role", "organisation", "act", "of"), "str"))
+sa.Index("tasks_by_state", _TASKS.c.state)
+sa.Index("results_by_digest", _RESULTS.c.digest)
 
 
 def reached(step: str) -> None:
@@ -293,16 +285,16 @@ class Store:
         with self._engine.begin() as db:
             return [dict(row) for row in db.execute(select(_SITES).order_by(_SITES.c.name)).mappings()]
 
-    def record(self, act: str, of: str, name: str, role: str, organisation: str) -> None:
+    def record(self, act: str, of: str, *, name: str, role: str, organisation: str) -> None:
         """Write down who did what."""
         row = {"at": time.time(), "name": name, "role": role, "organisation": organisation, "act": act, "of": of}
         with self._engine.begin() as db:
             db.execute(_AUDIT.insert().values(row))
 
     def audit(self) -> list[dict[str, Any]]:
-        """Who did what, in order: number, at, name, role, organisation, act, of."""
+        """Who did what, in order: at, name, role, organisation, act, of."""
         with self._engine.begin() as db:
-            return [dict(row) for row in db.execute(select(_AUDIT).order_by(_AUDIT.c.number)).mappings()]
+            return [dict(row) for row in db.execute(select(_AUDIT).order_by(_AUDIT.c.at)).mappings()]
 
     # -- inside ----------------------------------------------------------------------------------------------
 
@@ -328,18 +320,17 @@ class Store:
         """Drop those of these blobs that nothing names any more."""
         if wanted := set(digests):
             with self._engine.begin() as db:
-                named = _named().subquery()
-                kept = set(db.scalars(select(named.c.digest).where(named.c.digest.in_(wanted))))
+                kept = set(db.scalars(_named(wanted)))
             for digest in wanted - kept:
                 self.blobs.drop(digest)
 
 
-def _named() -> Any:
-    """The digests of all bytes that are needed: bundles of jobs, payloads of open tasks, answers to unfinished ones."""
-    live = select(_TASKS.c.digest).where(_TASKS.c.state == "open")
+def _named(of: Collection[str] | None = None) -> Any:
+    """The digests of bytes that are needed: bundles of jobs, payloads of open tasks, answers to unfinished ones."""
     unfinished = (_TASKS.c.job == _RESULTS.c.job) & (_TASKS.c.key == _RESULTS.c.task) & (_TASKS.c.state != "done")
-    answers = select(_RESULTS.c.digest).join(_TASKS, unfinished)
-    return union(select(_JOBS.c.bundle.label("digest")), live, answers)
+    columns = _JOBS.c.bundle, _TASKS.c.digest, _RESULTS.c.digest
+    bundles, payloads, answers = (select(one) if of is None else select(one).where(one.in_(of)) for one in columns)
+    return union(bundles, payloads.where(_TASKS.c.state == "open"), answers.join(_TASKS, unfinished))
 
 
 def _posted(row: sa.RowMapping) -> Posted:

@@ -335,7 +335,10 @@ class Daemon:
         bundle.unpack(folder / "bundle.zip", folder / "code")
         here.desk, here.heard = self.spool.desk(asked.job), queue.SimpleQueue()
         limits = self.settings.limits
-        child = Child(self.worker, folder / "work", here.heard.put, hidden=[self.kit.key], limits=limits)
+        data = self.settings.data.values()
+        given = [path for path in self.kit.path.iterdir() if path.is_file() and str(path) not in data]
+        hidden = [*given, *self.spool.others(asked.job)]  # to be neither read nor changed
+        child = Child(self.worker, folder / "work", here.heard.put, hidden=hidden, limits=limits)
         said = {"job": str(folder / "code"), "manifest": msgspec.to_builtins(manifest), "site": self.kit.name}
         child.say(**said, data=self.settings.data, threads=limits.threads)
         with self._change:

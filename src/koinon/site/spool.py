@@ -41,6 +41,11 @@ class Spool:
         """A job's folder."""
         return self.run / "jobs" / job
 
+    def others(self, job: str) -> list[Path]:
+        """What another job than this one has no business in; `later` stands for jobs that are still to come."""
+        jobs = [path for path in (self.run / "jobs").iterdir() if path.name != job]
+        return [self.run / "over", self.run / "jobs" / ".later", *jobs]
+
     # -- after a restart -------------------------------------------------------------------------------------
 
     def found(self) -> tuple[list[Answer], list[str], list[str]]:

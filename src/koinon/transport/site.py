@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import logging
 import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
+from typing import IO
 
-from koinon.errors import KoinonError
+from koinon.errors import KitError, KoinonError
 from koinon.site import status
 from koinon.site.daemon import Daemon
-from koinon.site.kit import SiteSettings, open_kit, settings
+from koinon.site.kit import Kit, SiteSettings, open_kit, settings
 from koinon.transport import tls
 from koinon.transport.http import Link
 
@@ -41,6 +44,7 @@ def main(given: Sequence[str] | None = None) -> int:
     logs(options.log)
     try:
         kit = open_kit(options.kit)
+        lock = locked(kit)
         link = Link(kit.servers, lambda: tls.client_context(kit))
         daemon = Daemon(kit, settings(kit, SiteSettings), link)
         if options.status_port is not None:
@@ -50,9 +54,27 @@ def main(given: Sequence[str] | None = None) -> int:
         _log.error("%s", error)
         return 1
     for which in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(which, lambda *_: daemon.stop())
+        # Not in the handler itself: it may have interrupted whoever holds the lock that `stop` takes.
+        signal.signal(which, lambda *_: threading.Thread(target=daemon.stop).start())
     daemon.run()
+    lock.close()
     return 0
+
+
+def locked(kit: Kit) -> IO[str]:
+    """The file whose lock says that a kit is in use: it is let go when this process ends, however it ends.
+
+    Raises:
+        KitError: another process has it.
+    """
+    kit.run.mkdir(exist_ok=True)
+    lock = (kit.run / "lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as cause:
+        lock.close()
+        raise KitError(f"'{kit.path}' is in use: another process runs as {kit.role} '{kit.name}'") from cause
+    return lock
 
 
 def logs(form: str) -> None:

@@ -201,3 +201,21 @@ def test_one_server_at_a_time(world: World):
     with pytest.raises(AssertionError, match=f"runs with this kit already, in process {first.pid}"):
         world.start()
     world.server = first
+
+
+def test_a_database_that_is_away_for_a_while_costs_nothing(tmp_path: Path, postgresql: Any):
+    """Sites are told to try again, and the job ends as it should."""
+    world = World(tmp_path / "p", settings="disk_gb = 0.0\n", store=postgresql.store("away"))
+    try:
+        world.start()
+        job = world.submit(rounds=1)
+        task = world.assigned("a")
+        postgresql.stop()
+        status, said = world.put("a", task, b"a " + task["task"].encode())
+        assert status == 503 and "cannot be reached" in said["error"]
+        postgresql.start()
+        assert both(world, job)["state"] == "finished"
+        expected(job, world, 1)
+    finally:
+        postgresql.start()
+        world.stop(signal.SIGKILL)

@@ -34,7 +34,7 @@ from koinon.site import child
 line = child.parent()
 heard = line.hear()
 order = next(heard)
-started = pathlib.Path(order["job"]).parent / "started"
+started = pathlib.Path("started")
 started.write_text(started.read_text() + "+" if started.exists() else "+")
 print("begun", os.getpid(), flush=True)
 line.say(ready=True)
@@ -279,7 +279,7 @@ def test_a_process_that_dies_is_started_again(here: Here):
     here.far.ask("1-train", "die once")
     here.start()
     assert here.answered("1-train")["site"] == "north"
-    assert (here.folder / "started").read_text() == "++" and here.daemon.counts["deaths"] == 1
+    assert (here.folder / "work/started").read_text() == "++" and here.daemon.counts["deaths"] == 1
 
 
 def test_a_task_that_kills_its_process_three_times_is_given_up(here: Here):
@@ -311,7 +311,7 @@ def test_a_restarted_site_delivers_and_does_not_work_again(here: Here):
     here.start()
     until(lambda: [*(here.folder / "spool").glob("*.json")])
     here.stop()
-    assert "1-train" not in here.far.answers and (here.folder / "started").read_text() == "+"
+    assert "1-train" not in here.far.answers and (here.folder / "work/started").read_text() == "+"
     (here.folder / "spool/2-train.answer").write_text("half")
     (here.folder / "spool/3-train.json").write_text('{"job"')
     here.far.polls = []
@@ -321,14 +321,14 @@ def test_a_restarted_site_delivers_and_does_not_work_again(here: Here):
     here.answered("1-train")
     until(lambda: (here.folder / "code/state.safetensors").exists() and not [*(here.folder / "spool").iterdir()])
     assert here.far.polls[0] == ({here.far.job: ["1-train"]}, [here.far.job])
-    assert (here.folder / "started").read_text() == "+"
+    assert (here.folder / "work/started").read_text() == "+"
 
 
 def test_a_stopped_site_leaves_no_process(here: Here):
     """Nor an answer to what it was interrupted in; then it is done again."""
     here.far.ask("1-train", "hang")
     here.start()
-    until(lambda: (here.folder / "started").exists())
+    until(lambda: (here.folder / "work/started").exists())
     pid = here.daemon._hosted[here.far.job].child.pid
     here.stop()
     assert not alive(pid) and not here.far.answers
@@ -341,7 +341,7 @@ def test_what_nobody_waits_for_is_stopped(here: Here):
     """A dropped task, and an ended job, take their process along."""
     here.far.ask("1-train", "hang")
     here.start()
-    until(lambda: (here.folder / "started").exists())
+    until(lambda: (here.folder / "work/started").exists())
     pid = here.daemon._hosted[here.far.job].child.pid
     del here.far.tasks["1-train"]
     here.far.drop = {here.far.job: ["1-train"]}
@@ -362,7 +362,7 @@ def reason(here: Here) -> str:
     here.far.ask("1-train", "learn")
     here.start()
     said = here.answered("1-train")
-    assert here.far.answers["1-train"][0].failed and not (here.folder / "started").exists()
+    assert here.far.answers["1-train"][0].failed and not (here.folder / "work/started").exists()
     return said["reason"]
 
 

@@ -18,8 +18,11 @@ from asyncio.sslproto import SSLProtocol
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
+from sqlalchemy.exc import SQLAlchemyError
 
 from koinon.errors import KitError, KoinonError, SettingsError
 from koinon.server.access import Door
@@ -39,7 +42,7 @@ IDLE = 30.0
 BUFFER = 1 << 16
 """Bytes that asyncio sets aside for each connection, known or not; by itself it takes four times as much."""
 
-_LOG = logging.getLogger("koinon.server")
+_LOG, _HTTP = logging.getLogger("koinon.server"), logging.getLogger("koinon.server.http")
 
 
 def main(given: Sequence[str] | None = None) -> int:
@@ -111,7 +114,8 @@ async def listening(app: web.Application, listen: str, context: ssl.SSLContext |
         SettingsError: the address cannot be had.
     """
     host, _, port = listen.rpartition(":")
-    runner = web.AppRunner(app, access_log=None, keepalive_timeout=IDLE, shutdown_timeout=2.0, read_bufsize=BUFFER)
+    limits: dict[str, Any] = {"keepalive_timeout": IDLE, "shutdown_timeout": 2.0, "read_bufsize": BUFFER}
+    runner = web.AppRunner(app, access_log=None, logger=_HTTP, **limits)
     await runner.setup()
     assert runner.server
     limit, loop = HANDSHAKE if context else None, asyncio.get_running_loop()
@@ -135,7 +139,10 @@ async def status(jobs: Jobs, port: int | None) -> AsyncIterator[None]:
         return
 
     async def healthz(_: web.Request) -> web.Response:
-        await jobs.durable(jobs.store.sites)
+        try:
+            await jobs.durable(jobs.store.sites)
+        except (OSError, SQLAlchemyError) as cause:
+            return web.json_response({"status": f"the store cannot be reached: {cause}"}, status=503)
         return web.json_response({"status": "ok", "jobs": len(jobs.running), "sites": len(jobs.connected())})
 
     async def metrics(_: web.Request) -> web.Response:
@@ -198,6 +205,22 @@ class Lines(logging.Formatter):
         if record.exc_info:
             said["traceback"] = self.formatException(record.exc_info)
         return json.dumps(said)
+
+
+class Malformed(logging.Filter):
+    """What is no HTTP is worth a line, not a traceback."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Always true."""
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, HttpProcessingError):
+            said = " ".join(error.message.split())[:200]
+            record.msg, record.exc_info = f"{record.msg}: %s", None
+            record.args = (*(record.args or ()), said)
+        return True
+
+
+_HTTP.addFilter(Malformed())
 
 
 def logging_as(form: str) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import select, union
-from sqlalchemy.exc import ArgumentError, OperationalError
+from sqlalchemy.exc import ArgumentError, DBAPIError
 
 from koinon.errors import SettingsError, extra
 from koinon.server.blobs import Blobs, place
@@ -147,7 +147,7 @@ class Store:
             _META.create_all(self._engine)
             with self._engine.begin() as db:
                 named = {name for (name,) in db.execute(_named())}
-        except OperationalError as cause:
+        except DBAPIError as cause:
             raise SettingsError(f"the store {self._engine.url!r} cannot be opened: {cause.orig}") from cause
         waiting = [(task, site) for task in self.tasks() for site in task.sites]
         self.swept = blobs.sweep(named, {place(task.job, task.key, site) for task, site in waiting})

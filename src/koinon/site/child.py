@@ -7,13 +7,16 @@ line, and what the child prints goes into its log.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
 import queue
 import resource
+import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -86,6 +89,7 @@ class Child:
         module: whose `main()` it runs, which begins with `parent()`.
         folder: where it works, and where `log.txt` goes.
         hidden: files that it may not read, such as a key.
+        fixed: folders that it may read, but not change.
         limits: what it may take.
         hear: called with each message, on a thread of its own; with None at the end, when the process is gone.
     """
@@ -94,14 +98,17 @@ class Child:
     folder: Path
     hear: Callable[[dict[str, Any] | None], None]
     hidden: Sequence[Path] = ()
+    fixed: Sequence[Path] = ()
     limits: Limits = field(default_factory=Limits)
     code: int | None = None
 
     def __post_init__(self) -> None:
         ours, theirs = socket.socketpair()
-        rules = json.dumps({"hidden": [str(path.resolve()) for path in self.hidden], "limits": self.limits.lines()})
+        closed = {"hidden": self.hidden, "fixed": self.fixed}
+        places = {how: [str(path.resolve()) for path in paths] for how, paths in closed.items()}
+        rules = json.dumps({**places, "limits": self.limits.lines()})
         first = [sys.executable, "-I", "-S", landlock.__file__, rules]
-        with theirs, (self.folder / "log.txt").open("ab") as log:
+        with theirs, os.fdopen(self._opened(), "ab") as log:
             self._process = subprocess.Popen(
                 [*first, sys.executable, "-m", self.module, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
@@ -143,6 +150,15 @@ class Child:
     def _kill(self) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
+
+    def _opened(self) -> int:
+        """Its log, which it may have made into anything: then there is a new one."""
+        log, flags = self.folder / "log.txt", os.O_WRONLY | os.O_APPEND | os.O_CREAT
+        try:
+            return plain(log, flags)
+        except OSError:
+            remove(log)
+            return plain(log, flags)
 
     def _made(self, name: str) -> Path:
         (folder := self.folder.resolve() / name).mkdir(exist_ok=True)
@@ -191,6 +207,28 @@ class Parent:
         for message in messages(self._line):
             self._heard.put(message)
         os.killpg(os.getpid(), signal.SIGKILL)  # the group that it leads
+
+
+def plain(path: Path, flags: int = os.O_RDONLY) -> int:
+    """Open a file in a folder where a job can write, as a descriptor.
+
+    Raises:
+        OSError: it is none of its own: a link to another's, or a pipe to wait at.
+    """
+    at = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+    about = os.fstat(at)
+    if not stat.S_ISREG(about.st_mode) or about.st_nlink != 1:
+        os.close(at)
+        raise OSError(errno.ELOOP, "it is no plain file", str(path))
+    return at
+
+
+def remove(path: Path) -> None:
+    """Delete whatever a job has put there, and nothing that it leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def parent() -> Parent:

@@ -7,6 +7,7 @@ runs.  Nothing here decides what is to be done next.
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import random
 import threading
@@ -21,7 +22,7 @@ import msgspec
 from koinon.errors import KitError, LinkError, Refused
 from koinon.site import bundle, signing
 from koinon.site import kit as kits
-from koinon.site.child import Child
+from koinon.site.child import Child, plain
 from koinon.site.kit import Identity, Kit, SiteSettings
 from koinon.site.spool import Spool
 from koinon.task.errands import KEPT, Answer, Backoff, Deliver, Discard, Errands, Forget, Step, Work
@@ -308,7 +309,11 @@ class Daemon:
                 return
             if heard.get("done") == asked.task:
                 about = _about(asked) | {"seconds": float(heard["seconds"]), "failed": bool(heard["failed"])}
-                self._done(self.spool.keep(about, answer, state))
+                try:
+                    self._done(self.spool.keep(about, answer, state))
+                except Refused as refusal:
+                    self._end(here)
+                    self._fail(asked, str(refusal))
                 return
         here.child = None
         with self._change:
@@ -337,8 +342,8 @@ class Daemon:
         limits = self.settings.limits
         data = self.settings.data.values()
         given = [path for path in self.kit.path.iterdir() if path.is_file() and str(path) not in data]
-        hidden = [*given, *self.spool.others(asked.job)]  # to be neither read nor changed
-        child = Child(self.worker, folder / "work", here.heard.put, hidden=hidden, limits=limits)
+        closed = {"hidden": [*given, *self.spool.hidden(asked.job)], "fixed": [self.spool.fixed(asked.job)]}
+        child = Child(self.worker, folder / "work", here.heard.put, limits=limits, **closed)
         said = {"job": str(folder / "code"), "manifest": msgspec.to_builtins(manifest), "site": self.kit.name}
         child.say(**said, data=self.settings.data, threads=limits.threads)
         with self._change:
@@ -411,6 +416,10 @@ def _about(asked: Assignment) -> dict[str, Any]:
 
 
 def _last_lines(log: Path) -> str:
-    with log.open("rb") as file:
+    try:
+        at = plain(log)
+    except OSError as cause:
+        return f"its log cannot be read: {cause}"
+    with os.fdopen(at, "rb") as file:
         file.seek(max(0, file.seek(0, 2) - 8192))
         return "\n".join(file.read().decode(errors="replace").splitlines()[-LAST:])

@@ -26,6 +26,9 @@ BITS = {1: 13, 2: 14, 3: 15}
 FILE, LIST = 0b1100_0000_0000_0111, 0b1000
 """The rights that there are over a file; and the one to see a folder's names, which is given everywhere."""
 
+READ = 0b1101
+"""To read a file or a folder, and to run a program."""
+
 OWNERS = (0, 1, 3, 5)
 """Of root's capabilities those that it keeps: over files and processes that are there anyway.  With the others it could
 make a device of the disk, or read the memory of whoever started it."""
@@ -38,22 +41,26 @@ def version() -> int:
     return max(0, int(ctypes.CDLL(None).syscall(CREATE, None, ctypes.c_size_t(0), 1)))
 
 
-def hide(files: Sequence[Path]) -> bool:
+def hide(files: Sequence[Path], fixed: Sequence[Path] = ()) -> bool:
     """From now on this process, and whatever it starts, cannot read or write these files or folders.
+
+    Args:
+        files: that are as if they were not there.
+        fixed: folders that can be read, but not changed.
 
     Returns:
         Whether the system can do that.
     """
-    known = version()
-    if not files or not known:
-        return not files
+    known, closed = version(), [path.resolve() for path in (*files, *fixed)]
+    if not closed or not known:
+        return not closed
     libc = ctypes.CDLL(None)
     for capability in set(range(64)).difference(OWNERS):
         libc.prctl(24, capability, 0, 0, 0)  # for the programs that it becomes
     rights = (1 << BITS.get(known, 15 if known == 4 else 16)) - 1
     ruleset = libc.syscall(CREATE, ctypes.byref(ctypes.c_uint64(rights)), ctypes.c_size_t(8), 0)
-    allowed = {path: rights if path.is_dir() else rights & FILE for path in beside([file.resolve() for file in files])}
-    for path, given in {Path("/"): LIST, **allowed}.items():
+    allowed = {path: rights if path.is_dir() else rights & FILE for path in beside(closed)}
+    for path, given in {Path("/"): LIST, **allowed, **dict.fromkeys(fixed, READ)}.items():
         try:
             place = os.open(path, os.O_PATH | os.O_CLOEXEC)
         except OSError:
@@ -89,12 +96,12 @@ class _Beneath(ctypes.Structure):
 
 
 def main() -> None:
-    """`landlock.py RULES PROGRAM ARGUMENTS…`: take on rules, which are {"hidden": […], "limits": […]}; then be that."""
+    """`landlock.py RULES PROGRAM ARGUMENTS…`: take on rules, {"hidden": […], "fixed": […], "limits": […]}; then be that."""
     rules = json.loads(sys.argv[1])
     for which, soft, hard in rules["limits"]:
         most = resource.getrlimit(which)[1]
         resource.setrlimit(which, (soft, hard) if most < 0 else (min(soft, most), min(hard, most)))
-    if not hide([Path(path) for path in rules["hidden"]]):
+    if not hide(*([Path(path) for path in rules[which]] for which in ("hidden", "fixed"))):
         sys.stderr.write(f"this system has no Landlock: nothing keeps this job from reading {rules['hidden']}\n")
     os.execv(sys.argv[2], sys.argv[2:])
 

@@ -2,9 +2,12 @@
 
 run/over                  the ids of jobs that have ended here
 run/jobs/<job>/           bundle.zip, and its content in code/, where state.safetensors is what the site remembers
-           payloads/      by their digests
+           payloads/      by their digests; the job's process may read them
            work/          where the job's process works, with its log.txt
            spool/         <task>.json says what <task>.answer is, and is written last; <task>.state goes with it
+
+What a job's process can write may lead anywhere, and change while one looks at it.  Therefore nothing of it is opened
+before it lies in the spool, which that process does not see.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -20,7 +24,9 @@ from typing import Any
 
 import msgspec
 
+from koinon.errors import Refused
 from koinon.site import signing
+from koinon.site.child import remove
 from koinon.task.errands import Answer, file_name
 from koinon.task.wire import Assignment
 
@@ -41,10 +47,15 @@ class Spool:
         """A job's folder."""
         return self.run / "jobs" / job
 
-    def others(self, job: str) -> list[Path]:
-        """What another job than this one has no business in; `later` stands for jobs that are still to come."""
+    def hidden(self, job: str) -> list[Path]:
+        """What this job's process has no business in; `later` stands for jobs that are still to come."""
         jobs = [path for path in (self.run / "jobs").iterdir() if path.name != job]
-        return [self.run / "over", self.run / "jobs" / ".later", *jobs]
+        return [self.run / "over", self.run / "lock", self.run / "jobs" / ".later", *jobs, self._spool(job)]
+
+    def fixed(self, job: str) -> Path:
+        """What it may read, but not change: payloads; a site writes there while it runs."""
+        (folder := self.job(job) / "payloads").mkdir(exist_ok=True)
+        return folder
 
     # -- after a restart -------------------------------------------------------------------------------------
 
@@ -57,7 +68,7 @@ class Spool:
             answers += kept.values()
             for path in self._spool(job).glob("*"):
                 if path.with_suffix(".json") not in kept:
-                    path.unlink()
+                    remove(path)
         over = self.run / "over"
         return answers, jobs, over.read_text().split() if over.exists() else []
 
@@ -83,17 +94,17 @@ class Spool:
             about: what is to be said of it: job, task, asked, seconds, failed.
             written: the file with its bytes, which is moved.
             state: the file with what the site learned, which is moved if it is there.
+
+        Raises:
+            Refused: one of them is no plain file in the folder where it should be.
         """
-        digest, size = _settled(written)
-        answer = Answer(digest=digest, size=size, **about)
-        record = self._record(answer)
+        self.discard(about["job"], about["task"])  # an answer that this one replaces
+        record = self._spool(about["job"]) / f"{file_name(about['task'])}.json"
         record.parent.mkdir(parents=True, exist_ok=True)
-        record.unlink(missing_ok=True)  # of an answer that this one replaces
-        record.with_suffix(".state").unlink(missing_ok=True)
-        if state and state.exists():
-            _settled(state)
-            state.replace(record.with_suffix(".state"))
-        written.replace(record.with_suffix(".answer"))
+        if state and os.path.lexists(state):
+            _moved(state, record.with_suffix(".state"))
+        digest, size = _moved(written, record.with_suffix(".answer"))
+        answer = Answer(digest=digest, size=size, **about)
         signing.put(record, msgspec.json.encode(answer))
         return answer
 
@@ -165,8 +176,20 @@ def sync(folder: Path) -> None:
         os.close(place)
 
 
-def _settled(path: Path) -> tuple[str, int]:
-    """A file's SHA-256 and length, once it is on the disk."""
-    with path.open("rb") as file:
+def _moved(source: Path, place: Path) -> tuple[str, int]:
+    """Move what a job has written into the spool: its SHA-256 and length, once it is on the disk."""
+    try:
+        desk = os.open(source.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            os.replace(source.name, place, src_dir_fd=desk)
+        finally:
+            os.close(desk)
+        about = place.lstat()
+    except (FileNotFoundError, NotADirectoryError) as cause:
+        raise Refused(f"the job's process has left no file '{source.name}' where it should be") from cause
+    if not stat.S_ISREG(about.st_mode) or about.st_nlink != 1:
+        remove(place)
+        raise Refused(f"what the job's process has left as '{source.name}' is no plain file of its own, and not read")
+    with place.open("rb") as file:
         os.fsync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest(), os.fstat(file.fileno()).st_size

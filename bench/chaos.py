@@ -56,7 +56,7 @@ class Line:
 
     def _serve(self, ours: socket.socket) -> None:
         self.counts["connections"] += 1
-        left = [int(self.random.expovariate(1 / 200_000)) if self.random.random() < self.cut else 1 << 60]
+        left = [int(10 ** self.random.uniform(2, 6)) if self.random.random() < self.cut else 1 << 60]
         try:
             theirs = socket.create_connection(("127.0.0.1", self.to), 5)
         except OSError:
@@ -179,7 +179,8 @@ def one(arguments: argparse.Namespace, seed: int, kills: int) -> dict[str, Any]:
     try:
         kit = open_kit(poc.admin(folder))
         link = afar.linked(kit.path)
-        id = afar.patiently(lambda: link.submit(bundle.pack(order, kit, sites=names)))
+        packed = bundle.pack(order, kit, sites=names)
+        id = afar.patiently(lambda: link.submit(packed))
         thread.start()
         reason = afar.follow(link, id, [events.append])
         over.set()

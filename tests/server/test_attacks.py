@@ -188,7 +188,7 @@ def fuzzed(world: World, examples: int) -> None:
     assert world.poll("a")["dropped"] == {}
     log = world.log.read_bytes()[logged:].decode()
     assert "Traceback" not in log and "went wrong" not in log, log
-    assert resident(world) - before < 5 + examples / 10_000
+    assert resident(world) - before < 12  # it grows by 7 MB in the first 20,000, and then no more
 
 
 def test_malformed_http_does_no_harm(world: World):

@@ -47,15 +47,30 @@ for message in heard:
     if asked == "die" or (asked == "die once" and started.read_text() == "+"):
         print("last words", flush=True)
         os.kill(os.getpid(), 9)
+    job = pathlib.Path(order["job"]).parent
     if asked == "look":
-        job = pathlib.Path(order["job"]).parent
         for path in [*job.parents[2].rglob("*"), job.parents[2] / "settings.toml"]:
             try:
                 path.is_file() and path.open("r+").close()
             except OSError:
                 continue
-            if path.is_file() and job not in path.parents:
+            if path.is_file() and not {job / "code", job / "work"} & {*path.parents} and path.name != "bundle.zip":
                 print("seen", path, flush=True)
+        for folder in [*job.parents[:3], job / "spool", job / "payloads", job.parent / "other"]:
+            for plant in lambda new: new.write_text(""), lambda new: new.symlink_to("key.pem"):
+                try:
+                    plant(folder / "planted")
+                    print("planted in", folder, flush=True)
+                except OSError:
+                    pass
+    if asked == "leak":
+        os.unlink("log.txt")
+        os.symlink(job / "../../../key.pem", "log.txt")
+        os.kill(os.getpid(), 9)
+    if asked == "link":
+        os.symlink(job / "../../../key.pem", message["answer"])
+        line.say(done=message["task"]["id"], seconds=0.5, failed=False)
+        continue
     while asked == "hang":
         time.sleep(0.01)
     failed = asked == "fail"
@@ -268,7 +283,23 @@ def test_a_job_sees_nothing_of_the_site_but_its_own_folder(here: Here):
     (here.kit.run / "jobs/later/bundle.zip").write_text("")
     here.far.ask("2-train", "look")
     here.answered("2-train")
-    assert "seen" not in (here.folder / "work/log.txt").read_text()
+    log = (here.folder / "work/log.txt").read_text()
+    assert "seen" not in log and "planted" not in log
+
+
+def test_a_job_cannot_have_the_site_hand_out_its_key(here: Here):
+    """By a link where its answer, or its log, should be; nor write into what a link leads to."""
+    key = (here.kit.path / "key.pem").read_bytes()
+    here.far.ask("1-train", "link")
+    here.far.ask("2-train", "leak")
+    here.far.ask("3-train", "learn")
+    here.start()
+    assert "'answer' is no plain file of its own" in here.answered("1-train")["reason"]
+    said = here.answered("2-train")
+    assert "was killed" in said["reason"] and "its log cannot be read" in said["traceback"]
+    assert here.answered("3-train")["state"] == ""
+    assert (here.kit.path / "key.pem").read_bytes() == key
+    assert key.splitlines()[1].decode() not in str(here.far.answers)
 
 
 # -- what dies -----------------------------------------------------------------------------------------------

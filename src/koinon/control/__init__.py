@@ -4,6 +4,7 @@ from koinon.control.asynchronous import FedBuff
 from koinon.control.conduct import about, conduct, opened
 from koinon.control.cross_site import CrossSite
 from koinon.control.cyclic import Cyclic
+from koinon.control.evaluate import Evaluate
 from koinon.control.fairness import QFedAvg
 from koinon.control.fedavg import FedAvg
 from koinon.control.federation import Federation, Sites, Store, Transport
@@ -16,6 +17,7 @@ from koinon.control.scaffold import Scaffold
 __all__ = [
     "CrossSite",
     "Cyclic",
+    "Evaluate",
     "FedAvg",
     "FedBuff",
     "FedProx",

@@ -56,6 +56,9 @@ def opened(folder: Folder, model: Arrays, sinks: Sequence[Sink]) -> tuple[Commit
 def conduct(federation: Federation, model: Arrays, *, folder: Folder, tracker: Tracker, after: int = 0) -> None:
     """Let the job's controller run after the last committed round, and record how it ends.
 
+    If an executor answers the task `prepare`, every site is asked for it once before the first round, with the first
+    model; not where the controller asks for it itself.
+
     Raises:
         Exception: whatever ended it; the folder keeps the last commit.
     """
@@ -64,7 +67,11 @@ def conduct(federation: Federation, model: Arrays, *, folder: Folder, tracker: T
     state: JobState = move("submitted", "running")
     end, reason = move(state, "stopped"), "interrupted"
     try:
-        federation.job.controller.run(federation, model)
+        controller = federation.job.controller
+        if not after and "prepare" in federation.job.answers.keys() - {*getattr(controller, "asks", ())}:
+            for _ in federation.stream(federation.broadcast("prepare", model, to=federation.sites)):
+                pass  # what it says is for nobody: the site remembers
+        controller.run(federation, model)
         end, reason = move(state, "finished"), ""
     except Exception as error:
         end, reason = move(state, "failed"), in_a_line(error)

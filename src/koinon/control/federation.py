@@ -93,7 +93,7 @@ class Federation:
     ) -> None:
         self.job, self.sites, self.seed = job, sites.names, seed
         self.board = Board()
-        self._evaluators, self._last = sites.evaluators, last
+        self.evaluators, self._last = sites.evaluators, last
         self._transport, self._store, self._tracker = transport, store, tracker
         self._round, self._posted, self._began = (last.round if last else 0), 0, 0.0
         self._sent: _Sent | None = None  # the latest
@@ -109,9 +109,9 @@ class Federation:
 
     def start(self, **state: Any) -> SimpleNamespace:
         """The state that `commit` will keep: as given, or as it was at the last commit."""
-        if self._last and self._evaluators and "evaluate" in self.job.answers:
+        if self._last and self.evaluators and "evaluate" in self.job.answers:
             self._encoded(self._last.state["model"])  # it went down to be evaluated: encoded then, held by the sites
-            self._held = dict.fromkeys(self._evaluators, 0)
+            self._held = dict.fromkeys(self.evaluators, 0)
         kept = dict(self._last.state if self._last else state)
         self._known.heard = kept.pop("known", {})
         return SimpleNamespace(**kept)
@@ -131,7 +131,7 @@ class Federation:
 
         A run that is killed goes on after its last commit, to the same bits.
         """
-        metrics = self._evaluate(at.model) if self._evaluators and "evaluate" in self.job.answers else {}
+        metrics = self._evaluate(at.model) if self.evaluators and "evaluate" in self.job.answers else {}
         values: dict[str, Any] = {**metrics, **self._tally, "seconds": self._tracker.now() - self._began}
         if (simulated := getattr(self._transport, "clock", None)) is not None:
             values["simulated_seconds"] = simulated
@@ -337,7 +337,7 @@ class Federation:
         """The model's metrics over all held-out samples, and each evaluator's own in the table."""
         per_metric: dict[str, list[tuple[float, float]]] = {}
         own: dict[str, float] = {}
-        answers = self._answers([self.broadcast("evaluate", model, to=self._evaluators)])
+        answers = self._answers([self.broadcast("evaluate", model, to=self.evaluators)])
         for update in (update for one in answers for update in one.updates):
             self._tracker.emit("metric", self._round, update.site, {**update.metrics, "samples": update.weight})
             if update.site == SERVER:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from koinon.data import Split
 from koinon.data.names import Names
-from koinon.errors import LinkError, RunError, SettingsError
+from koinon.errors import LinkError, QuorumNotReached, RunError, SettingsError
 from koinon.operate import session
 from koinon.operate.session import Order, publish
 from koinon.provision import poc
@@ -48,7 +49,8 @@ def run(order: Order, out: Path | None, sinks: Sequence[Sink], *, sites: int | N
     that is made for this run if there is none in the folder poc.
 
     Raises:
-        RunError: it failed, or `out` exists.
+        RunError: `out` exists.
+        QuorumNotReached: it failed, or was stopped.
         LinkError: the server cannot be reached.
     """
     path = out or next_free(Path("runs"), Path(order.file).stem)
@@ -56,14 +58,25 @@ def run(order: Order, out: Path | None, sinks: Sequence[Sink], *, sites: int | N
         raise RunError(f"'{path}' exists: name another with --out")
     if order.alone:
         raise SettingsError("--alone trains on every site's data here: leave it out, or leave out --on")
+    refused: dict[str, Any] = {}
+
+    def keep(event: Event) -> None:
+        if event.kind == "refused":
+            refused.update(event.values)
+
     order, names = _asked(order, sites) if order.on == "poc" else (order, None)
-    with _kit(order.on, names) as kit:
-        opened, link = open_kit(kit), linked(kit)
+    with _kit(order.on, names) as kit, closing(linked(kit)) as link:
+        opened = open_kit(kit)
         job = link.submit(bundle.pack(order, opened, sites=names))
-        reason = follow(link, job, sinks)
-        patiently(partial(fetch, link, job, path))
+        try:
+            reason = follow(link, job, [keep, *(_here(path, sink) for sink in sinks)])
+        except KeyboardInterrupt:
+            ways = f"`koinon fetch {job} --kit {kit}` brings what there is, `koinon stop {job} --kit {kit}` ends it"
+            raise KeyboardInterrupt(f"job '{job}' goes on without you: {ways}") from None
+        patiently(partial(fetch, link, job, path), sinks)
     if reason:
-        raise RunError(reason)
+        said = f"{reason}\nwhat it has left is in {path}" if path.exists() else reason
+        raise QuorumNotReached(said, str(refused.get("traceback", "")))
     return publish(read(path), sinks)
 
 
@@ -81,7 +94,7 @@ def follow(link: Link, job: str, sinks: Sequence[Sink]) -> str:
     """
     after, rest, state = 0, b"", ""
     while state not in OVER or rest:
-        new, state = patiently(partial(link.events, job, after))
+        new, state = patiently(partial(link.events, job, after), sinks)
         after, rest = after + len(new), rest + new
         *lines, rest = rest.split(b"\n")
         for line in lines:
@@ -90,16 +103,19 @@ def follow(link: Link, job: str, sinks: Sequence[Sink]) -> str:
                 sink(event)
         if state in OVER and not new:
             break
-    said = patiently(partial(link.job, job))
+    said = patiently(partial(link.job, job), sinks)
     return "" if said["state"] == "finished" else f"job '{job}' {said['state']}: {said['reason']}"
 
 
-def patiently(call: Callable[[], T]) -> T:
-    """What a call gives, tried again as long as the server cannot be reached."""
+def patiently(call: Callable[[], T], sinks: Sequence[Sink] = ()) -> T:
+    """What a call gives, tried again as long as the server cannot be reached; that is said once."""
     while True:
         try:
             return call()
-        except LinkError:
+        except LinkError as cause:
+            for sink in sinks:
+                sink(Event("warning", 0.0, values={"message": f"{cause}; the job goes on, and this looks again"}))
+            sinks = ()
             time.sleep(1.0)
 
 
@@ -111,6 +127,13 @@ def fetch(link: Link, job: str, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for name in files:
         link.file(job, name, out / name)
+
+
+def _here(path: Path, sink: Sink) -> Sink:
+    """A sink that is told where the run will be here, not where it is at the server."""
+    return lambda event: sink(
+        replace(event, values={**event.values, "run": str(path)}) if event.kind == "start" else event
+    )
 
 
 def _asked(order: Order, sites: int | None) -> tuple[Order, Sequence[str]]:
@@ -133,12 +156,27 @@ def _kit(on: str, sites: Sequence[str] | None) -> Iterator[Path]:
     if on != "poc":
         yield Path(on)
     elif (POC / "processes.json").exists():
+        there = {row["name"] for row in poc.status(POC)} - {"server"}
+        if strange := [name for name in sites or () if name not in there]:
+            names = f"{', '.join(strange[:3])}{' …' if len(strange) > 3 else ''}"
+            raise RunError(f"the proof of concept in '{POC}' has {len(there)} sites, and the job asks {names} too")
         yield poc.admin(POC)
     else:
-        folder = Path(tempfile.mkdtemp(prefix="koinon-poc-"))
+        folder, ends = Path(tempfile.mkdtemp(prefix="koinon-poc-")), (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        before = [signal.signal(which, _interrupted) for which in ends]
         try:
             poc.start(folder, sites or ())
             yield poc.admin(folder)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("stopped, and the federation with it that was made for this run") from None
         finally:
+            for which in ends:
+                signal.signal(which, signal.SIG_IGN)  # whoever is impatient would leave processes behind
             poc.stop(folder)
             shutil.rmtree(folder, ignore_errors=True)
+            for which, handler in zip(ends, before, strict=True):
+                signal.signal(which, handler)
+
+
+def _interrupted(*_: object) -> None:
+    raise KeyboardInterrupt

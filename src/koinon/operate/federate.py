@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from contextlib import closing
+from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -44,6 +46,8 @@ def provision(
     """Make the kits of a federation: for whoever has none yet, and nobody else's is touched."""
     wanted = trust.added(trust.read(project), add_site or [], add_admin or [])
     folder = out or project.parent / wanted.name
+    if sign and not sign.is_file():
+        raise KitError(f"there is no request '{sign}': `koinon kit request` makes one, where the key is to be")
     if sign:
         made = [trust.sign(wanted, folder, sign)]
     elif renew:
@@ -71,7 +75,7 @@ def request(
 @app.command()
 def server(kit: KitFolder, store: str = "", log: Log = "text", status_port: Status = None) -> None:
     """Run a federation's server until it is told to stop."""
-    _become("koinon.server", kit, store=store, log=log, status_port=status_port)
+    _become("server", kit, store=store, log=log, status_port=status_port)
 
 
 @app.command()
@@ -79,6 +83,7 @@ def site(
     what: Annotated[str, typer.Argument(metavar="[check]", help="look whether everything is as it must be")] = "",
     *,
     kit: KitFolder,
+    relay: Annotated[Path | None, typer.Option(metavar="DIR", help="fold for a group: the kit NAME.server")] = None,
     log: Log = "text",
     status_port: Status = None,
     as_json: AsJson = False,
@@ -87,7 +92,7 @@ def site(
     if what not in ("", "check"):
         raise SettingsError(f"koinon site {what}: write `koinon site --kit DIR`, or `koinon site check --kit DIR`")
     if not what:
-        _become("koinon.transport.site", kit, log=log, status_port=status_port)
+        _become("site", kit, relay=relay, log=log, status_port=status_port)
     found = check.check(kit)
     rows = [{"what": row.name, "": "ok" if row.ok else "NO", "said": row.said} for row in found]
     show(rows, as_json)
@@ -98,22 +103,32 @@ def site(
 @app.command()
 def jobs(kit: KitFolder, as_json: AsJson = False) -> None:
     """List a federation's jobs."""
-    rows = afar.linked(kit).jobs()
+    with closing(afar.linked(kit)) as link:
+        rows = link.jobs()
     if not rows and not as_json:
         raise RunError("there are no jobs yet: `koinon run JOB.py --on KIT` submits one")
-    show(rows, as_json)
+    short = [{**row, "reason": row["reason"].partition("\n")[0]} for row in rows]
+    show(rows if as_json else _dated(short, "submitted"), as_json)
 
 
 @app.command()
 def sites(kit: KitFolder, as_json: AsJson = False) -> None:
     """List a federation's sites, and who is there."""
-    show(afar.linked(kit).sites(), as_json)
+    with closing(afar.linked(kit)) as link:
+        rows = link.sites()
+    if not rows and not as_json:
+        raise RunError("no site has been heard of yet: `koinon site --kit DIR` starts one, where its kit is")
+    show(rows if as_json else _dated(rows, "last_seen"), as_json)
 
 
 @app.command()
 def stop(job: JobId, kit: KitFolder) -> None:
     """Stop a job; what it has committed stays."""
-    afar.linked(kit).stop(job)
+    with closing(afar.linked(kit)) as link:
+        if (state := link.job(job)["state"]) in afar.OVER:
+            raise RunError(f"job '{job}' is {state} already")
+        link.stop(job)
+    typer.echo(f"job '{job}' stops; `koinon fetch {job} --kit {kit}` brings what it has committed")
 
 
 @app.command()
@@ -124,14 +139,20 @@ def fetch(
     path = out or Path("runs") / job
     if path.exists():
         raise RunError(f"'{path}' exists: name another with --out")
-    afar.fetch(afar.linked(kit), job, path)
+    with closing(afar.linked(kit)) as link:
+        afar.fetch(link, job, path)
+    if not path.exists():
+        raise RunError(f"job '{job}' has left nothing yet: `koinon jobs --kit {kit}` says how it is")
     typer.echo(path)
 
 
-def _become(module: str, kit: Path, **options: str | int | None) -> None:
+def _become(role: str, kit: Path, *, relay: Path | None = None, **options: str | int | None) -> None:
     """This process becomes the server or the site, which need nothing of what the command line has loaded."""
-    open_kit(kit)  # what is wrong is said here, in one line
-    words = [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value]
+    opened = open_kit(kit)  # what is wrong is said here, in one line
+    if opened.role != role:
+        raise KitError(f"'{kit}' is the kit of {opened.role} '{opened.name}', not of a {role}")
+    module, more = ("koinon.server.relay", {"relay": str(relay)}) if relay else (proof.MODULES[role], {})
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in (more | options).items() if value]
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, "-m", module, "--kit", str(kit), *words])
 
@@ -144,5 +165,11 @@ def poc(what: str, sites: int, as_json: bool) -> None:
     elif what == "status":
         show(proof.status(afar.POC), as_json)
     else:
+        proof.admin(afar.POC)
         proof.stop(afar.POC)
         shutil.rmtree(afar.POC, ignore_errors=True)
+
+
+def _dated(rows: list[dict[str, Any]], column: str) -> list[dict[str, Any]]:
+    """Unix time as this machine's clock shows it."""
+    return [{**row, column: f"{datetime.fromtimestamp(row[column]):%Y-%m-%d %H:%M:%S}"} for row in rows]

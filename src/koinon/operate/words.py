@@ -36,8 +36,8 @@ def finish(work: Callable[[], Run]) -> None:
     """Every run ends with the place where one can look at it."""
     try:
         run = work()
-    except KeyboardInterrupt:
-        typer.echo("stopped: `koinon resume` goes on from the last commit", err=True)
+    except KeyboardInterrupt as stopped:
+        typer.echo(str(stopped) or "stopped: `koinon resume` goes on from the last commit", err=True)
         raise typer.Exit(130) from None
     page = run.path / "report.html"
     typer.echo(page if page.exists() else run.path)

@@ -105,7 +105,7 @@ def revoke(project: Project, folder: Path, name: str) -> Path:
         KitError: there is no such kit, or it is the server's.
     """
     kit = _kit(folder, name)
-    if name == project.server.name:
+    if _manifest(kit).role == "server":
         raise KitError("the server is what shuts others out: stop it, and make a new project if its key is lost")
     at, names = certificates.now(), _revoked(folder).names
     # The server's clock may be ahead, and what it renewed by that clock must be void too.
@@ -113,7 +113,7 @@ def revoke(project: Project, folder: Path, name: str) -> Path:
     said = {"issued": at.isoformat(), "names": {name: time.isoformat() for name, time in names.items()}}
     text = json.dumps(signing.signed(said, folder / "root.key"), indent=2).encode()
     signing.put(folder / "revoked.json", text)
-    if (server := folder / "kits" / project.server.name).exists():
+    for server in (path for name in project.servers() if (path := folder / "kits" / name).exists()):
         signing.put(server / "revoked.json", text)
         _pack(server)
     return folder / "revoked.json"
@@ -191,7 +191,7 @@ def _certificate(
     made = certificates.now()
     if void := _revoked(folder).names.get(who.name):
         made = max(made, void + timedelta(seconds=1))
-    hosts = project.server.hosts() if who.role == "server" else ()
+    hosts = project.place_of(who.name).hosts() if who.role == "server" else ()
     life = timedelta(days=project.days)
     return signer.leaf(certificates.name(*who), key, made=made, life=life, role=who.role, hosts=hosts).decode()
 
@@ -221,7 +221,8 @@ def _seal(project: Project, path: Path, who: _Who, places: Iterable[str], root: 
         name=who.name,
         role=who.role,
         organisation=who.organisation,
-        servers=project.server.urls(),
+        servers=project.place_of(who.name).urls(),
+        relay=project.relay_of(who.name),
         made=certificates.now().isoformat(),
         files={place: hashlib.sha256((path / place).read_bytes()).hexdigest() for place in places},
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -25,37 +26,51 @@ SETTINGS = {
 }
 """What is otherwise than by default: a job brings its own data, and shares the cores with the others."""
 
+MODULES = {"server": "koinon.server", "site": "koinon.transport.site"}
+"""What the process of each role runs."""
+
 BEGIN = 20.0
 """Seconds within which a server must have begun to serve."""
 
 
 def start(folder: Path, sites: Sequence[str]) -> None:
-    """Make the kits, and start a server and these sites.
+    """Make the kits, and start a server and, as soon as it serves, these sites.
 
     Raises:
-        RunError: there is a proof of concept in that folder already, or its server does not come up.
+        RunError: that folder holds something already, or the server does not come up.
     """
     if (folder / "processes.json").exists():
         raise RunError(f"there is a proof of concept in '{folder}' already: `koinon poc stop` ends it")
     folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise RunError(f"'{folder}' holds something else: move it away, as the proof of concept goes there")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     server = Server([f"localhost:{port}"], names=["127.0.0.1"])
     project = Project("poc", server, sites=dict.fromkeys(sites, ""), admins={"admin": Admin("project_admin")})
     provision(project, folder)
-    processes = {}
-    for name in ["server", *sites]:
-        kit, role = folder / "kits" / name, "site" if name in sites else "server"
-        (kit / "settings.toml").write_text(SETTINGS[role].format(port=port))
-        processes[name] = started(kit, role)
-        (folder / "processes.json").write_text(json.dumps(processes))
+    processes: dict[str, int] = {}
+    try:
+        for name in ["server", *sites]:
+            kit, role = folder / "kits" / name, "site" if name in sites else "server"
+            (kit / "settings.toml").write_text(SETTINGS[role].format(port=port))
+            processes[name] = started(kit, role)
+            (folder / "processes.json").write_text(json.dumps(processes))
+            if role == "server":
+                _come_up(folder, port, processes[name])
+    except BaseException:
+        stop(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _come_up(folder: Path, port: int, server: int) -> None:
+    """Wait until the server serves."""
     until = time.monotonic() + BEGIN
     while not _serves(port):
-        if time.monotonic() > until or not _alive(processes["server"], folder / "kits" / "server"):
-            said = (folder / "kits" / "server" / "log.txt").read_text()[-2000:]
-            stop(folder)
-            raise RunError(f"the server did not come up; its last words:\n{said}")
+        if time.monotonic() > until or not _alive(server, folder / "kits" / "server"):
+            raise RunError(f"the server did not come up; its last words:\n{_log(folder, 'server').read_text()[-2000:]}")
         time.sleep(0.02)
 
 
@@ -85,7 +100,8 @@ def stop(folder: Path, patience: float = 10.0) -> None:
     file = folder / "processes.json"
     running: Mapping[str, int] = json.loads(file.read_text()) if file.exists() else {}
     left = {pid: folder / "kits" / name for name, pid in running.items() if _alive(pid, folder / "kits" / name)}
-    for pid in left:
+    ours = [*left]
+    for pid in ours:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
     until = time.monotonic() + patience
@@ -94,16 +110,19 @@ def stop(folder: Path, patience: float = 10.0) -> None:
             for pid in left:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(pid, signal.SIGKILL)
+            until += patience
         time.sleep(0.02)
+    for pid in ours:
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, 0)  # it has ended, and is to be buried
     file.unlink(missing_ok=True)
 
 
 def started(kit: Path, role: str) -> int:
     """The process of a server or a site, begun with its kit."""
-    module = {"server": "koinon.server", "site": "koinon.transport.site"}[role]
     with (kit / "log.txt").open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", module, "--kit", str(kit.resolve())],
+            [sys.executable, "-m", MODULES[role], "--kit", str(kit.resolve())],
             env=environment(None),
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -129,7 +148,9 @@ def _alive(pid: int, kit: Path) -> bool:
         os.waitpid(pid, os.WNOHANG)  # if it was ours, nobody else will bury it
     try:
         os.kill(pid, 0)
-        return str(kit.resolve()).encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
+        words, at = Path(f"/proc/{pid}/cmdline").read_bytes(), Path(f"/proc/{pid}/stat")
+        begins = not words and at.read_text().rpartition(")")[2].split()[0] not in "ZX"  # and has no words yet
+        return begins or str(kit.resolve()).encode() in words
     except (ProcessLookupError, PermissionError):
         return False
     except FileNotFoundError:

@@ -23,19 +23,17 @@ _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,46}[A-Za-z0-9])?")
 _HOST = re.compile(r"(?!.{254})[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*")
 
 
-class Server(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where the server is.
+class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where somebody serves.
 
     Args:
         addresses: "host:port", as sites and admins dial it; they try them in this order.  Without a port, 8443.
         names: further names and addresses that its certificate holds for.
-        name: what it is called.
         organisation: whose it is.
     """
 
     addresses: list[str]
     names: list[str] = []
-    name: str = "server"
     organisation: str = ""
 
     def urls(self) -> list[str]:
@@ -53,6 +51,18 @@ class Server(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return f"0.0.0.0:{_address(self.addresses[0])[1]}"
 
 
+class Server(Place, frozen=True, forbid_unknown_fields=True):
+    """Where the server is, and what it is called (`name`)."""
+
+    name: str = "server"
+
+
+class Relay(Place, frozen=True, forbid_unknown_fields=True):
+    """Where a relay serves its group: these `sites` dial it instead of the server."""
+
+    sites: list[str] = []
+
+
 class Admin(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Somebody who submits or watches jobs: project_admin, org_admin, lead or member."""
 
@@ -67,6 +77,7 @@ class Project(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         name: its own.
         server: where the server is.
         sites: name -> organisation.
+        relays: name -> where each is, and whose sites' answers it folds.
         admins: name -> role and organisation.
         own_keys: who makes the key and sends a request; they get a kit when that is signed.
         days: how long certificates hold.
@@ -75,15 +86,32 @@ class Project(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: str
     server: Server
     sites: dict[str, str] = {}
+    relays: dict[str, Relay] = {}
     admins: dict[str, Admin] = {}
     own_keys: list[str] = []
     days: int = 90
 
     def participants(self) -> dict[str, tuple[Role, str]]:
-        """Name -> role and organisation: the server, the sites, the admins."""
-        everyone: dict[str, tuple[Role, str]] = {self.server.name: ("server", self.server.organisation)}
+        """Name -> role and organisation: the servers, the sites, the admins; a relay is a site and a server."""
+        everyone: dict[str, tuple[Role, str]] = {
+            name: ("server", place.organisation) for name, place in self.servers().items()
+        }
+        everyone |= {name: ("site", relay.organisation) for name, relay in self.relays.items()}
         everyone |= {name: ("site", organisation) for name, organisation in self.sites.items()}
         return everyone | {name: (cast(Role, admin.role), admin.organisation) for name, admin in self.admins.items()}
+
+    def servers(self) -> dict[str, Place]:
+        """Who serves: the server, and of each relay the half that its group sees, NAME.server."""
+        return {self.server.name: self.server} | {f"{name}.server": relay for name, relay in self.relays.items()}
+
+    def relay_of(self, site: str) -> str:
+        """The relay that a site dials; empty where it is the server."""
+        return next((name for name, relay in self.relays.items() if site in relay.sites), "")
+
+    def place_of(self, name: str) -> Place:
+        """Where a participant serves, or else whom it dials."""
+        dialled = self.relays.get(self.relay_of(name))
+        return self.servers().get(name) or dialled or self.server
 
 
 def read(path: Path) -> Project:
@@ -119,7 +147,7 @@ def checked(project: Project) -> Project:
     Raises:
         SettingsError: a name, a role or an address cannot be, or a name is there twice.
     """
-    everyone = [project.server.name, *project.sites, *project.admins]
+    everyone = [*project.servers(), *project.relays, *project.sites, *project.admins]
     for name in [project.name, *everyone]:
         named(name)
     folded = [name.casefold() for name in everyone]
@@ -136,9 +164,16 @@ def checked(project: Project) -> Project:
         )
     if not 1 <= project.days <= 825:
         raise SettingsError(f"certificates cannot hold for {project.days} days: between 1 and 825")
-    if not project.server.addresses:
-        raise SettingsError('the server has no address: addresses = ["federation.example.org:8443"]')
-    project.server.hosts()
+    for name, place in project.servers().items():
+        if not place.addresses:
+            raise SettingsError(f"'{name}' has no address: addresses = [\"federation.example.org:8443\"]")
+        place.hosts()
+    grouped = [site for relay in project.relays.values() for site in relay.sites]
+    for site in grouped:
+        if site not in project.sites:
+            raise SettingsError(f"a relay names '{site}', which is no site: {nearest(site, project.sites)}")
+        if grouped.count(site) > 1:
+            raise SettingsError(f"site '{site}' is in two relays' groups: it dials one of them")
     return project
 
 

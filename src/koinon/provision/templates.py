@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib.metadata import version
 
 from koinon.provision.project import Project
@@ -12,8 +13,12 @@ def files(project: Project, name: str, role: Role) -> dict[str, str]:
     """A kit's files, by their places in it; an admin starts nothing."""
     if role not in ("server", "site"):
         return {}
-    port = project.server.listen().rpartition(":")[2]
+    port = project.place_of(name).listen().rpartition(":")[2]
     words = {"project": project.name, "name": name, "role": role, "version": version("koinon"), "port": port}
+    # A relay gives up a site of its own before the server gives up the relay.
+    relay = project.relays.get(name.removesuffix(".server")) if role == "server" else None
+    words |= {"standstill": "1800", "round": "43200"} if relay else {"standstill": "3600", "round": "86400"}
+    words["sites"] = f"sites = {json.dumps(relay.sites)}" if relay else '# sites = ["hospital-1"]'
     texts = {"start.sh": START, f"koinon-{role}.service": UNIT, "compose.yaml": COMPOSE, "settings.toml": SITE}
     if role == "server":
         texts |= {"compose.yaml": COMPOSE + PORTS, "settings.toml": SERVER, "chart/Chart.yaml": CHART}
@@ -114,9 +119,11 @@ listen = "0.0.0.0:@port@"
 # Seconds: how long a site may be silent before a round goes on without it, how long it may work on a task, and how
 # long a round may take.
 silence = 60
-standstill = 3600
-round = 86400
+standstill = @standstill@
+round = @round@
 
+# Who takes part in a job that names nobody; by default whoever is connected when it begins.
+@sites@
 jobs_at_once = 4
 largest_gb = 16 # an answer's size
 disk_gb = 1 # free space below which nothing is taken

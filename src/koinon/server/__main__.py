@@ -16,7 +16,8 @@ import sys
 import time
 from asyncio.sslproto import SSLProtocol
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
@@ -65,30 +66,47 @@ def main(given: Sequence[str] | None = None) -> int:
     return 0
 
 
-async def serve(kit: Kit, *, store: str = "", status_port: int | None = None, controller: str = CONTROLLER) -> None:
+async def serve(
+    kit: Kit,
+    *,
+    store: str = "",
+    status_port: int | None = None,
+    controller: str = CONTROLLER,
+    beside: Callable[[Jobs], AbstractAsyncContextManager[None]] | None = None,
+    hidden: Sequence[Path] = (),
+) -> None:
     """Serve until SIGTERM or SIGINT.
+
+    Args:
+        kit: the server's.
+        store: a database's URL, instead of that in the settings.
+        status_port: for whoever asks on this machine.
+        controller: what a job's process runs.
+        beside: lives as long as the server serves.
+        hidden: more files that no job may read.
 
     Raises:
         KoinonError: it cannot begin.
     """
     with locked(kit.run):
-        await _serve(kit, settings(kit, ServerSettings), store=store, status_port=status_port, controller=controller)
+        wanted = settings(kit, ServerSettings)
+        secrets = (kit.key, kit.issuer.with_suffix(".key"), kit.path / "settings.toml", kit.run / "store", *hidden)
+        (kit.run / "store").mkdir(exist_ok=True)
+        url = store or wanted.store or f"sqlite:///{kit.run / 'store' / 'koinon.sqlite'}"
+        opened = Store(url, Blobs(kit.run))
+        if opened.swept:
+            _LOG.info("removed %d files that the last run left behind", opened.swept)
+        closed = [path for path in secrets if path.exists()]
+        jobs = Jobs(opened, wanted, folder=kit.run / "jobs", hidden=closed, module=controller)
+        await _serve(kit, jobs, status_port, beside(jobs) if beside else contextlib.AsyncExitStack())
 
 
-async def _serve(kit: Kit, wanted: ServerSettings, *, store: str, status_port: int | None, controller: str) -> None:
+async def _serve(kit: Kit, jobs: Jobs, status_port: int | None, beside: AbstractAsyncContextManager[Any]) -> None:
     over, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, over.set)
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    (kit.run / "store").mkdir(exist_ok=True)
-    url = store or wanted.store or f"sqlite:///{kit.run / 'store' / 'koinon.sqlite'}"
-    secrets = (kit.key, kit.issuer.with_suffix(".key"), kit.path / "settings.toml", kit.run / "store")
-    hidden = [path for path in secrets if path.exists()]
-    opened = Store(url, Blobs(kit.run))
-    if opened.swept:
-        _LOG.info("removed %d files that the last run left behind", opened.swept)
-    jobs = Jobs(opened, wanted, folder=kit.run / "jobs", hidden=hidden, module=controller)
     service = Service(kit, jobs, Door(kit))
     try:
         await jobs.open()
@@ -96,7 +114,7 @@ async def _serve(kit: Kit, wanted: ServerSettings, *, store: str, status_port: i
         context = server_context(kit)
         context.sslobject_class = Handshake
         SSLProtocol.max_size = BUFFER
-        async with listening(service.app(), wanted.listen, context) as port, status(jobs, status_port):
+        async with listening(service.app(), jobs.settings.listen, context) as port, status(jobs, status_port), beside:
             _LOG.info("the server of '%s' listens at port %d", kit.project, port)
             await over.wait()
             _LOG.info("the server ends; its jobs go on when it is started again")

@@ -82,6 +82,8 @@ class Jobs:
         self.began = time.monotonic()
         self.counts: Counter[str] = Counter()
         self.closing = False
+        self.told: Callable[[str, dict[str, Any]], None] = lambda job, message: None
+        """Hears, after this server has heeded it, what each job's process says."""
         self._news: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
         self._thread = ThreadPoolExecutor(1, "store")
         self._tasks: set[asyncio.Task[None]] = set()
@@ -123,7 +125,7 @@ class Jobs:
         """Begin with the jobs whose turn it is, as long as there is room for them and somebody takes part."""
         waiting = [entry for entry in self.entries.values() if entry.state in ACTIVE and entry.id not in self.running]
         for entry in sorted(waiting, key=lambda entry: entry.state == "submitted"):
-            sites = entry.sites or entry.manifest.get("sites") or self.connected()
+            sites = entry.sites or entry.manifest.get("sites") or self.settings.sites or self.connected()
             if len(self.running) < self.settings.jobs_at_once and sites and entry.id not in self.running:
                 self.entries[entry.id] = replace(entry, sites=list(sites))
                 self.running[entry.id] = job = Running(self, entry.id)
@@ -334,7 +336,8 @@ class Running:
         """Do what the controller says, and again until the disk and the database allow it."""
         while True:
             try:
-                return await self._heed(message)
+                await self._heed(message)
+                return self._jobs.told(self.id, message)
             except (FileNotFoundError, KeyError, TypeError, ValueError) as cause:
                 message = {"state": "failed", "reason": f"its controller says what makes no sense: {cause!r}"}
             except (OSError, SQLAlchemyError) as cause:
@@ -356,6 +359,8 @@ class Running:
                 _LOG.info("job '%s' committed round %d", self.id, round)
             case {"state": "finished" | "failed" | "stopped" as state, **more}:
                 await self._jobs.change(self.id, state=state, reason=str(more.get("reason", "")))
+            case {"ready": _} | {"done": _}:
+                pass  # at a relay, for its other half
             case _:
                 raise ValueError(f"{message!r:.200}")
 

@@ -12,7 +12,7 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -59,6 +59,31 @@ class Way(Protocol):
         """There is one."""
 
 
+class Process(Protocol):
+    """What does a job's tasks: what a site needs of koinon.site.child.Child."""
+
+    @property
+    def folder(self) -> Path:
+        """Where its log.txt is."""
+
+    @property
+    def code(self) -> int | None:
+        """Not None any more once it has ended."""
+
+    @property
+    def reason(self) -> str:
+        """How it has ended."""
+
+    def say(self, **message: Any) -> None:
+        """Hand it a task."""
+
+    def end(self) -> None:
+        """End it."""
+
+    def wait(self) -> int:
+        """Until it has ended."""
+
+
 @dataclass
 class Trouble:
     """What does not work: every reason is said once, and then that it works again."""
@@ -84,7 +109,7 @@ class Hosted:
     """A job at this site."""
 
     job: str
-    child: Child | None = None
+    child: Process | None = None
     heard: queue.SimpleQueue[dict[str, Any] | None] = field(default_factory=queue.SimpleQueue)
     desk: Path = Path()
     backoff: Backoff = field(default_factory=Backoff)
@@ -102,10 +127,18 @@ class Daemon:
         settings: what its administrator allows.
         link: how it reaches its server.
         worker: the module whose `main` does a job's tasks in a process of its own.
+        start: that process; or what does the work in its place.
     """
 
-    def __init__(self, kit: Kit, settings: SiteSettings, link: Way, worker: str = "koinon.site.worker") -> None:
-        self.kit, self.settings, self.link, self.worker = kit, settings, link, worker
+    def __init__(
+        self,
+        kit: Kit,
+        settings: SiteSettings,
+        link: Way,
+        worker: str = "koinon.site.worker",
+        start: Callable[..., Process] = Child,
+    ) -> None:
+        self.kit, self.settings, self.link, self.worker, self.start = kit, settings, link, worker, start
         self.spool = Spool(kit.run)
         self.errands = Errands(*self.spool.found())
         self.counts = dict.fromkeys(("polls", "done", "failed", "deaths"), 0)
@@ -327,7 +360,7 @@ class Daemon:
             reason = f"the job's process {child.reason}; that was the third time with this task"
             self._fail(asked, reason, _last_lines(child.folder / "log.txt"))
 
-    def _ready(self, here: Hosted, asked: Assignment) -> Child:
+    def _ready(self, here: Hosted, asked: Assignment) -> Process:
         """The job's process, started if it does not run.
 
         Raises:
@@ -342,8 +375,8 @@ class Daemon:
         limits = self.settings.limits
         data = self.settings.data.values()
         given = [path for path in self.kit.path.iterdir() if path.is_file() and str(path) not in data]
-        closed = {"hidden": [*given, *self.spool.hidden(asked.job)], "fixed": [self.spool.fixed(asked.job)]}
-        child = Child(self.worker, folder / "work", here.heard.put, limits=limits, **closed)
+        hidden, fixed = [*given, *self.spool.hidden(asked.job)], [self.spool.fixed(asked.job)]
+        child = self.start(self.worker, folder / "work", here.heard.put, hidden=hidden, fixed=fixed, limits=limits)
         said = {"job": str(folder / "code"), "manifest": msgspec.to_builtins(manifest), "site": self.kit.name}
         child.say(**said, data=self.settings.data, threads=limits.threads)
         with self._change:
@@ -365,7 +398,7 @@ class Daemon:
         manifest = bundle.check(path, self.kit.root.read_bytes(), kits.revoked(self.kit))
         if asked.job != bundle.job_id(manifest.name, path.read_bytes()):  # the same one again, as if it were new
             raise Refused(f"job '{asked.job}' comes under another name than its bundle's own")
-        if manifest.sites is not None and self.kit.name not in manifest.sites:
+        if manifest.sites is not None and {self.kit.name, self.kit.relay}.isdisjoint(manifest.sites):
             raise Refused(f"job '{asked.job}' is not for site '{self.kit.name}': its submitter names others")
         who = manifest.owner
         if not accepts(self.settings.accept, who):

@@ -65,6 +65,7 @@ class Kit:
         role: what its owner may do.
         organisation: whose its owner is; may be empty.
         servers: where the server is, as https://host:port; to be tried in this order.
+        relay: a site's, if it is a relay that it dials.
     """
 
     path: Path
@@ -73,6 +74,7 @@ class Kit:
     role: Role
     organisation: str
     servers: tuple[str, ...]
+    relay: str = ""
 
     @property
     def root(self) -> Path:
@@ -111,6 +113,7 @@ class Manifest(msgspec.Struct, frozen=True):
     made: str
     files: dict[str, str]
     format: int = 1
+    relay: str = ""
 
 
 class SiteSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -142,6 +145,7 @@ class ServerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         silence: seconds; a site that has said nothing for so long does not hold up a round whose quorum is reached.
         standstill: seconds; a task that a site has had for so long without answering has failed there.
         round: seconds; a task older than that ends with whoever answered.
+        sites: who takes part in a job that names nobody; by default whoever is connected when it begins.
         jobs_at_once: how many run; others wait.
         largest_gb: an answer's size.
         disk_gb: free space below which nothing is taken.
@@ -153,6 +157,7 @@ class ServerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     silence: Positive = 60.0
     standstill: Positive = 3600.0
     round: Positive = 86400.0
+    sites: list[str] = []
     jobs_at_once: Annotated[int, msgspec.Meta(ge=1)] = 4
     largest_gb: Positive = 16.0
     disk_gb: Size = 1.0
@@ -175,7 +180,7 @@ def open_kit(path: str | Path, *, at: datetime | None = None) -> Kit:
     if not (folder / "kit.json").is_file():
         raise KitError(f"'{path}' is no kit: there is no kit.json in it")
     said = _manifest(folder)
-    kit = Kit(folder, said.project, said.name, said.role, said.organisation, tuple(said.servers))
+    kit = Kit(folder, said.project, said.name, said.role, said.organisation, tuple(said.servers), said.relay)
     for pair in (kit.certificate, kit.key), (kit.issuer, kit.issuer.with_suffix(".key")):
         if pair[0] == kit.certificate or "issuer.pem" in said.files:
             _fits(*pair)

@@ -96,7 +96,7 @@ class _Beneath(ctypes.Structure):
 
 
 def main() -> None:
-    """`landlock.py RULES PROGRAM ARGUMENTS…`: take on rules, {"hidden": […], "fixed": […], "limits": […]}; then be that."""
+    """`landlock.py RULES PROGRAM ARGUMENTS…`: take on rules (hidden, fixed, limits); then be that."""
     rules = json.loads(sys.argv[1])
     for which, soft, hard in rules["limits"]:
         most = resource.getrlimit(which)[1]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +19,7 @@ from koinon.payload import Payload, codec
 from koinon.site import child, jobfile
 from koinon.site.agent import Agent, State
 from koinon.site.runner import in_loops, inline
-from koinon.task import Failure, Job, Task
+from koinon.task import Failure, Job, Task, Worker
 
 JOIN = "join"
 """The task that no executor answers: how many samples a site holds."""
@@ -37,18 +37,16 @@ class Bench:
         site: its name.
         seed: of the run.
         folder: where the job was unpacked, and where what the site remembers lies.
-        settings: the site's names for its data.
-        sites: who takes part, if the job says so.
-        threads: of a step of training; None leaves it to the libraries.
+        open: what answers each task, opened.
+        hold: what the site holds, or counts: `.train` and `.test`.
     """
 
     job: Job
     site: str
     seed: int
     folder: Path
-    settings: Mapping[str, Any]
-    sites: Sequence[str] = ()
-    threads: int | None = None
+    open: Callable[[], Mapping[str, Worker]]
+    hold: Callable[[], Any]
 
     @staticmethod
     def of(order: Mapping[str, Any]) -> Bench:
@@ -59,18 +57,18 @@ class Bench:
         """
         wanted, folder = SimpleNamespace(**order["manifest"]), Path(order["job"])
         job = in_loops(jobfile.ordered(wanted, folder / wanted.file))
-        sites = wanted.sites or ()
-        return Bench(job, order["site"], wanted.seed, folder, order["data"], sites, order["threads"])
+        hold = partial(own.at, order["data"], job.data, site := order["site"], wanted.sites or ())
+        return Bench(job, site, wanted.seed, folder, partial(inline, job, threads=order["threads"]), hold)
 
     @cached_property
     def data(self) -> Any:
         """What the site holds."""
-        return own.at(self.settings, self.job.data, self.site, self.sites)
+        return self.hold()
 
     @cached_property
     def agent(self) -> Agent:
         """With its executors opened."""
-        return Agent(self.job, lambda site: self.data, inline(self.job, threads=self.threads), self.seed)
+        return Agent(self.job, lambda site: self.data, self.open(), self.seed)
 
     def answer(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """Do a task: its answer, and what the site then remembers, are in the files that the message names.

@@ -154,14 +154,18 @@ class Job:
             raise SettingsError(f"quorum is a share of the sites in (0, 1], not {self.quorum}")
         if self.download.shows == "sum":
             raise FilterMismatch(f"{self.download.name} hides single updates: it belongs in upload=, not in download=")
-        each = [rule.name for rule in self._aggregators() if rule.needs == "each"]
-        if getattr(self.controller, "needs", "sum") == "each":
-            each.append(type(self.controller).__name__)
-        if each and self.upload.shows == "sum":
+        if (each := self.need_each) and self.upload.shows == "sum":
             raise FilterMismatch(
                 f"{each[0]} needs each site's own update, but {self.upload.name} lets the server see only "
                 f"their sum. Use mean() in FedAvg, or leave {self.upload.name} out of upload=."
             )
+
+    @property
+    def need_each(self) -> list[str]:
+        """What of this job needs to see each site's own update, by name."""
+        rules = [rule.name for rule in self._aggregators() if rule.needs == "each"]
+        whole = getattr(self.controller, "needs", "sum") == "each"
+        return [*rules, type(self.controller).__name__] if whole else rules
 
     def _aggregators(self) -> list[Aggregator]:
         values = vars(self.controller).values() if hasattr(self.controller, "__dict__") else ()

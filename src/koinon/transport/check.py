@@ -38,7 +38,8 @@ def check(folder: str | Path) -> list[Row]:
     kit = _try(rows, "kit", lambda: open_kit(folder))
     if kit is None:
         return rows
-    rows.append(Row("kit", True, f"{kit.role} '{kit.name}' of '{kit.project}', until {owner(kit).until:%Y-%m-%d}"))
+    said = f"{kit.role} '{kit.name}' of '{kit.project}', until {owner(kit).until:%Y-%m-%d}"
+    rows.append(Row("kit", kit.role == "site", said if kit.role == "site" else f"it is {said}: take a site's"))
     chosen = _try(rows, "settings", lambda: settings(kit, SiteSettings)) or SiteSettings()
     for server in kit.servers:
         if way := _try(rows, "address", lambda server=server: route(server)):  # type: ignore[misc]

@@ -138,6 +138,12 @@ class Remote:
             if not self._hear(self._next(board) - time.time()):
                 return
 
+    def leave(self) -> None:
+        """Nobody waits for anything that was asked."""
+        for task in list(self._open):
+            self._close(task)
+            del self._open[task]
+
     # -- inside ----------------------------------------------------------------------------------------------
 
     def _post(self, task: Task) -> None:

@@ -1,4 +1,4 @@
-"""A federation that is killed, cut, slowed and repeated ends by itself, in the bits of a simulation (bench/chaos.py)."""
+"""A federation that is killed, cut, slowed and doubled ends by itself, in the bits of a simulation (bench/chaos.py)."""
 
 import argparse
 import importlib.util

@@ -128,7 +128,7 @@ def test_a_server_that_does_not_come_up_says_why_and_leaves_nothing(koinon, here
     assert not running(here) and not [*here.iterdir()]
 
 
-@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("which", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_federation_made_for_a_run_ends_with_it(process, here, job, which, monkeypatch):
     """However it ends: no process, no folder."""
     monkeypatch.setenv("TMPDIR", str(here / "tmp"))
@@ -238,12 +238,12 @@ def test_no_secret_gets_anywhere(by_hand):
 # -- asleep --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seconds", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seconds", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_machine_that_slept_rejoins_by_itself(koinon, process, here, job, seconds):
     """Its site and the job's process stand still in mid-job; the job waits, and ends in the bits of a simulation."""
     proof.start(here / "poc", ["site-1", "site-2"])
     try:
-        child = process("run", "job.py", "--on", "poc", "--rounds", 5, "--out", "real")
+        child = process("run", "job.py", "--on", "poc", "--rounds", 3, "--out", "real")
         for line in child.stdout:
             if re.match(r"round +1/", line):
                 break
@@ -255,13 +255,13 @@ def test_a_machine_that_slept_rejoins_by_itself(koinon, process, here, job, seco
             os.kill(pid, signal.SIGSTOP)
         time.sleep(seconds)
         rounds = {row.round for row in read(next((here / "poc/kits/server/run/jobs").glob("*/run"))).rows}
-        assert max(rounds) < 5
+        assert max(rounds) < 3
         for pid in asleep:
             os.kill(pid, signal.SIGCONT)
         _, err = child.communicate()
         assert child.returncode == 0, err
     finally:
         proof.stop(here / "poc")
-    assert koinon("run", "job.py", "--rounds", 5, "--on", 1, "--reproducible", "--out", "simulated").code == 0
+    assert koinon("run", "job.py", "--rounds", 3, "--on", 1, "--reproducible", "--out", "simulated").code == 0
     bits = [(here / run / "last.safetensors").read_bytes() for run in ("real", "simulated")]
     assert bits[0] == bits[1]

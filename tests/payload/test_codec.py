@@ -125,7 +125,6 @@ def test_more_than_the_limit_is_refused_before_it_is_read():
 @pytest.mark.parametrize(
     "tree",
     [{"f": print}, {"s": {1, 2}}, {1: "key"}, {codec.MARK: "x"}, {"b": b"bytes"}, {"o": np.array([object()])}],
-    ids=str,
 )
 def test_what_is_neither_array_nor_plain_value_may_not_cross(tree):
     """Objects, sets, bytes and keys that are no strings stay at home."""

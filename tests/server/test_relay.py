@@ -14,12 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import msgspec
 import numpy as np
 import pytest
-from safetensors.numpy import load
 
 import koinon
-from koinon.provision import Admin, Project, Relay, Server, provision
+from koinon.operate.afar import fetch
+from koinon.provision import Admin, Project, Relay, Server, provision, revoke
 from koinon.site import bundle, jobfile
 from koinon.site.child import environment
 from koinon.site.kit import open_kit
@@ -68,8 +69,9 @@ class Federation:
         }
         sites = dict.fromkeys([site for group in GROUPS.values() for site in group], "")
         server = Server([f"127.0.0.1:{self.ports['server']}"])
-        admins = {"admin": Admin("project_admin")}
-        provision(Project("hearts", server, sites=sites, relays=relays, admins=admins), folder)
+        admins = {"admin": Admin("project_admin"), "gone": Admin("lead")}
+        self.project = Project("hearts", server, sites=sites, relays=relays, admins=admins)
+        provision(self.project, folder)
         for name, port in self.ports.items():
             file = self.kit(name) / "settings.toml"
             file.write_text(f"{file.read_text().replace('0.0.0.0', '127.0.0.1').partition('[data]')[0]}")
@@ -87,11 +89,12 @@ class Federation:
 
     def start(self, name: str) -> None:
         """Start somebody."""
-        module = {"server": "server"}.get(name, "server.relay" if name in GROUPS else "transport.site")
+        command = ["-m", "koinon.server" if name == "server" else "koinon.transport.site"]
+        command = ["-m", "koinon.operate.cli", "site"] if name in GROUPS else command
         more = ["--relay", str(self.kit(f"{name}.server"))] if name in GROUPS else []
         with (self.folder / f"{name}.log").open("ab") as log:
             self.running[name] = subprocess.Popen(
-                [sys.executable, "-m", f"koinon.{module}", "--kit", str(self.kit(name)), *more],
+                [sys.executable, *command, "--kit", str(self.kit(name)), *more],
                 env=environment(None),
                 stdout=log,
                 stderr=log,
@@ -148,17 +151,21 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
             federation.stop(name, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("kind", ["digits", "exclude"])
+@pytest.mark.parametrize("kind", ["digits", pytest.param("exclude", marks=pytest.mark.slow)])
 def test_two_relays_of_two_sites_are_a_federation_of_four(here: Federation, tmp_path: Path, kind: str):
     """The model of the flat federation, to the rounding of a mean of means; and its metrics."""
     said = here.over(job := here.submit(kind=kind))
     assert said["state"] == "finished", f"{said}\n{here.logs()}"
-    flat = koinon.simulate(
-        jobfile.load(here.folder / "job.py", {"kind": kind}), seed=7, out=tmp_path / "flat", sinks=[]
-    )
-    model = load(here.file(job, "last.safetensors"))
+    told = jobfile.load(here.folder / "job.py", {"kind": kind})
+    flat = koinon.simulate(told, seed=7, out=tmp_path / "flat", sinks=[])
+    fetch(here.link, job, tmp_path / "run")
+    run = koinon.tracking.read(tmp_path / "run")
     for name, array in flat.model().items():
-        np.testing.assert_allclose(model[name], array, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(run.model()[name], array, rtol=0, atol=1e-6)
+    for name in ("accuracy", "loss", "train_loss"):
+        values, wanted = ([row.value for row in one.series(name)] for one in (run, flat))
+        np.testing.assert_allclose(values, wanted, rtol=1e-5)
+    assert {row.site for row in run.rows if row.name == "train_loss"} >= set(GROUPS)
 
 
 def test_a_relay_that_is_killed_loses_nothing(here: Federation):
@@ -185,3 +192,10 @@ def test_what_needs_each_sites_own_update_is_refused(here: Federation):
     said = here.over(here.submit(kind="median"))
     assert said["state"] == "failed"
     assert "coordinate_median needs each site's own update, and a relay passes on only their mean" in said["reason"]
+
+
+def test_a_relay_shuts_out_whom_the_server_shuts_out(here: Federation):
+    """Only the server is told so; the relays hear it from it."""
+    revoke(msgspec.structs.replace(here.project, relays={}), here.folder, "gone")
+    lists = [here.kit(f"{name}.server") / "revoked.json" for name in GROUPS]
+    wait(lambda: all(file.exists() and '"gone"' in file.read_text() for file in lists))

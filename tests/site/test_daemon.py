@@ -10,6 +10,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ from koinon import provision as trust
 from koinon.errors import LinkError, Refused
 from koinon.provision import Admin, Project, Server
 from koinon.site import bundle, certificates, daemon, kit, landlock, status
+from koinon.site.child import Child
 from koinon.site.daemon import Daemon
 from koinon.site.kit import Kit, SiteSettings, open_kit
 from koinon.task.wire import Assignment, Orders
@@ -150,7 +152,7 @@ class Here:
         self.settings = SiteSettings(poll=0.01, data={"train": "/data/x.csv"})
 
     def start(self) -> Daemon:
-        self.daemon = Daemon(self.kit, self.settings, self.far, "scripted_worker")
+        self.daemon = Daemon(self.kit, self.settings, self.far, partial(Child, "scripted_worker"))
         self.thread = threading.Thread(target=self.daemon.run, daemon=True)
         self.thread.start()
         return self.daemon

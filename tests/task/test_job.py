@@ -81,7 +81,6 @@ def test_a_first_model_of_lists_becomes_arrays():
         (object, "object"),
         (object(), "object"),
     ],
-    ids=str,
 )
 def test_settings_are_recorded_as_plain_values(value, plain):
     """By their fields, or by a name that says their settings."""

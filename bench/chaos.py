@@ -49,10 +49,16 @@ class Line:
         self.listener = socket.create_server(("127.0.0.1", port), backlog=256)
         threading.Thread(target=self._accept, daemon=True).start()
 
+    def close(self) -> None:
+        """Let nobody in any more."""
+        self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+
     def _accept(self) -> None:
-        while True:
-            ours, _ = self.listener.accept()
-            threading.Thread(target=self._serve, args=(ours,), daemon=True).start()
+        with contextlib.suppress(OSError):  # it was closed
+            while True:
+                ours, _ = self.listener.accept()
+                threading.Thread(target=self._serve, args=(ours,), daemon=True).start()
 
     def _serve(self, ours: socket.socket) -> None:
         self.counts["connections"] += 1
@@ -149,6 +155,16 @@ def proxied(folder: Path, arguments: argparse.Namespace, seed: int) -> Line:
     return line
 
 
+def forgotten(folder: Path) -> list[Path]:
+    """What sites still keep of a job, once they have had the time to hear that it is over."""
+    until = time.monotonic() + 60
+    while True:
+        kept = [path for path in (folder / "kits").glob("site-*[0-9]/run/jobs/*") if not path.name.startswith(".")]
+        if not kept or time.monotonic() > until:
+            return kept
+        time.sleep(0.1)
+
+
 def one(arguments: argparse.Namespace, seed: int, kills: int) -> dict[str, Any]:
     """A job from an empty folder to its end; what happened, and the model's bytes."""
     folder = Path(tempfile.mkdtemp(prefix="koinon-chaos-"))
@@ -186,15 +202,18 @@ def one(arguments: argparse.Namespace, seed: int, kills: int) -> dict[str, Any]:
         over.set()
         thread.join()
         afar.patiently(lambda: afar.fetch(link, id, folder / "run"))
+        link.close()
+        spools = forgotten(folder)
     finally:
         over.set()
         poc.stop(folder)
+        line.close()
         for twin in twins:
             os.killpg(twin, signal.SIGKILL)
+            os.waitpid(twin, 0)
     run = tracking.read(folder / "run")
     counted = [row.value for row in run.rows if row.name == "train_tasks" and row.round == arguments.rounds]
     left = subprocess.run(["pgrep", "-f", str(folder)], capture_output=True, text=True).stdout.split()
-    spools = [path for path in (folder / "kits").glob("site-*[0-9]/run/jobs/*") if not path.name.startswith(".")]
     said = {
         "state": run.info["state"],
         "reason": reason,

@@ -284,10 +284,10 @@ def plain_copy(folder: Path, size: int) -> float:
     trusting = ssl.create_default_context()
     trusting.check_hostname, trusting.verify_mode = False, ssl.CERT_NONE
     began = time.perf_counter()
-    with socket.create_connection(listener.getsockname()) as line, trusting.wrap_socket(line) as tls:
-        with source.open("rb") as file:
-            while data := file.read(piece):
-                tls.sendall(data)
+    line = socket.create_connection(listener.getsockname())
+    with line, trusting.wrap_socket(line) as tls, source.open("rb") as file:
+        while data := file.read(piece):
+            tls.sendall(data)
     server.join()
     return source.stat().st_size / 1e6 / (time.perf_counter() - began)
 

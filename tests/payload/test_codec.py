@@ -48,6 +48,36 @@ def test_a_payload_survives_the_crossing(arrays, values):
     assert same(back.values, values)
 
 
+@given(st.dictionaries(NAMES, ARRAYS, max_size=4), st.dictionaries(NAMES, PLAIN, max_size=4))
+def test_a_file_of_a_payload_is_as_its_bytes(tmp_path_factory, arrays, values):
+    """Whoever reads one can read the other, and they are as long."""
+    payload, path = Payload("weight_diff", arrays, values), tmp_path_factory.getbasetemp() / "payload"
+    codec.save(payload, path)
+    for back in (codec.load(path), codec.decode(path.read_bytes())):
+        assert back.kind == "weight_diff" and same(dict(back.arrays), arrays) and same(back.values, values)
+    assert path.stat().st_size == codec.size(payload)
+
+
+@given(st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), min_size=1, max_size=4), st.integers(0, 200))
+def test_a_damaged_file_is_refused_or_loads_a_payload(tmp_path_factory, changes, cut):
+    """Whatever a stranger's file holds: PayloadError, or a payload."""
+    data = bytearray(codec.encode(Payload("weights", {"w": np.ones(8), "n": np.arange(3)}, {"weight": 1})))
+    for position, value in changes:
+        data[position % len(data)] = value
+    path = tmp_path_factory.getbasetemp() / "damaged"
+    path.write_bytes(data[: len(data) - cut])
+    with contextlib.suppress(PayloadError):
+        assert isinstance(codec.load(path), Payload)
+
+
+def test_an_array_without_a_wire_form_is_not_saved(tmp_path):
+    with pytest.raises(PayloadError, match="no wire form"):
+        codec.save(Payload("weights", {"w": np.ones(2, np.complex64)}), tmp_path / "payload")
+    with pytest.raises(PayloadError, match="over the limit"):
+        codec.save(Payload("weights", {"w": np.ones(100)}), tmp_path / "payload")
+        codec.load(tmp_path / "payload", limit=100)
+
+
 def test_a_tree_of_states_survives():
     """Lists of dicts of arrays, as aggregators and filters keep them."""
     state = {"updates": [{"w": np.arange(3)}, {"w": np.ones((2, 2))}], "weights": [1.0, 2.0], "none": None}

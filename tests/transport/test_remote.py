@@ -110,6 +110,14 @@ def test_what_cannot_be_read_is_a_failure_of_its_site(posted):
     assert order == ["b", "c", "d"] and "cannot be read" in why["a"]
 
 
+def test_what_is_far_too_large_is_not_read(posted, monkeypatch):
+    monkeypatch.setattr("koinon.transport.remote._Open.limit", 100)
+    monkeypatch.setattr("koinon.transport.remote.LEAST", 100)
+    at = posted(lambda post, site: metrics(**{"long" * 4000: 1}) if site == "a" else metrics())
+    order, why = everything(at)
+    assert order == ["b", "c", "d"] and "over the limit" in why["a"]
+
+
 def test_the_silent_do_not_hold_up_a_round_whose_quorum_has_answered(posted):
     at = posted(arrival=("d", "b"), silent=("a", "c"), quorum=2)
     order, why = everything(at, koinon.mean())

@@ -77,7 +77,7 @@ def save(payload: Payload, path: Path) -> None:
             raise PayloadError(f"'{name}' is of type {array.dtype}, which has no wire form")
         header[name] = {"dtype": kind, "shape": array.shape, "data_offsets": (end, end + array.nbytes)}
         end += array.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)

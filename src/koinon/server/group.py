@@ -173,7 +173,7 @@ def _answer(line: Line, group: Group, message: Mapping[str, Any], seed: int) -> 
     while message["answer"] != line.dropped:
         try:
             group.remote.leave()
-            line.say(**bench.answer(message))
+            line.say(**bench.answer(message), answer=message["answer"])
             return
         except Stopped:  # the job, or this task, or one that was done by then
             if line.over:

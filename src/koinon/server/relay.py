@@ -98,7 +98,7 @@ class Group:
         match message:
             case {"ready": _}:
                 self._ask()
-            case {"done": _}:
+            case {"done": _, "answer": place} if place == self._task.get("answer"):  # not one that was dropped
                 self._task = {}
                 self._hear(message)
             case {"state": _, "reason": reason}:
@@ -107,9 +107,10 @@ class Group:
     def _said(self, message: dict[str, Any]) -> None:
         if "manifest" in message:
             self._site = message["site"]
-            self._jobs.spawn(self._begin(message["manifest"]))
+            self._jobs.spawn(self._insist(message["manifest"]))
         else:
-            self._task = message | {"site": self._site, "home": str(self._home / "code")}
+            more = {"site": self._site, "home": str(self._home / "code"), "asked": time.time()}
+            self._task = message | more
             self._ask()
 
     def _ask(self) -> None:
@@ -121,6 +122,15 @@ class Group:
         if self._task and job and not self._jobs.closing:  # a relay that is started again goes on with it
             job.say(drop=self._task["answer"])
         self._task = {}
+
+    async def _insist(self, said: dict[str, Any]) -> None:
+        while self.code is None:
+            try:
+                await self._begin(said)
+                return
+            except (OSError, SQLAlchemyError) as cause:
+                _LOG.error("job '%s' has to wait: %s", self.id, cause)
+                await asyncio.sleep(LOOK)
 
     async def _begin(self, said: dict[str, Any]) -> None:
         """Submit the job to the group, unless it is there; its submitter names this relay, and so means the group."""
@@ -142,13 +152,15 @@ async def _above(kit: Kit, group: Kit, jobs: Jobs) -> AsyncIterator[None]:
     """The half that is a site."""
     groups, loop = dict[str, Group](), asyncio.get_running_loop()
 
-    def start(_: str, work: Path, hear: Hear, **__: Any) -> Group:
+    def start(work: Path, hear: Hear, **_: Any) -> Group:
         groups[work.parent.name] = new = Group(jobs, loop, work.parent, hear)
         return new
 
     def told(job: str, message: dict[str, Any]) -> None:
-        if job in groups:
-            groups[job].heed(message)
+        if group := groups.get(job):
+            group.heed(message)
+        if "state" in message:
+            groups.pop(job, None)
 
     jobs.told = told
     link = Link(kit.servers, lambda: client_context(kit))

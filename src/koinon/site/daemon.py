@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,6 +34,8 @@ RENEW = 3600.0
 
 LOOK = 5.0
 """Seconds between looks at a disk that is full."""
+
+WORKER = partial(Child, "koinon.site.worker")
 
 LAST = 20
 """Lines of a dead process's log that its failure quotes."""
@@ -126,19 +129,13 @@ class Daemon:
         kit: who it is.
         settings: what its administrator allows.
         link: how it reaches its server.
-        worker: the module whose `main` does a job's tasks in a process of its own.
-        start: that process; or what does the work in its place.
+        start: what does a job's tasks: a process of its own, or whatever stands in its place.
     """
 
     def __init__(
-        self,
-        kit: Kit,
-        settings: SiteSettings,
-        link: Way,
-        worker: str = "koinon.site.worker",
-        start: Callable[..., Process] = Child,
+        self, kit: Kit, settings: SiteSettings, link: Way, start: Callable[..., Process] = WORKER
     ) -> None:
-        self.kit, self.settings, self.link, self.worker, self.start = kit, settings, link, worker, start
+        self.kit, self.settings, self.link, self.start = kit, settings, link, start
         self.spool = Spool(kit.run)
         self.errands = Errands(*self.spool.found())
         self.counts = dict.fromkeys(("polls", "done", "failed", "deaths"), 0)
@@ -376,7 +373,7 @@ class Daemon:
         data = self.settings.data.values()
         given = [path for path in self.kit.path.iterdir() if path.is_file() and str(path) not in data]
         hidden, fixed = [*given, *self.spool.hidden(asked.job)], [self.spool.fixed(asked.job)]
-        child = self.start(self.worker, folder / "work", here.heard.put, hidden=hidden, fixed=fixed, limits=limits)
+        child = self.start(folder / "work", here.heard.put, hidden=hidden, fixed=fixed, limits=limits)
         said = {"job": str(folder / "code"), "manifest": msgspec.to_builtins(manifest), "site": self.kit.name}
         child.say(**said, data=self.settings.data, threads=limits.threads)
         with self._change:

@@ -25,6 +25,9 @@ from koinon.payload import Payload, codec
 from koinon.task import Board, Failure, Result, Task
 from koinon.tracking import SERVER
 
+TIMES, LEAST = 8, 64 << 20
+"""An answer may be so many times as large as what was asked, and so many bytes in any case: before it is read."""
+
 JOIN = "join"
 """The task that every site is asked first, and no executor answers: what it holds."""
 
@@ -52,6 +55,7 @@ class _Open:
     left: dict[str, None]
     arrived: dict[str, dict[str, Any]] = field(default_factory=dict)
     counted: int = 0  # arrived answers that are no failures
+    limit: int = LEAST  # bytes of an answer
 
 
 class Remote:
@@ -152,6 +156,7 @@ class Remote:
         if sites := [site for site in task.sites if site != SERVER]:
             path = self._folder / f"{task.id}.payload"
             codec.save(task.payload, path)
+            here.limit = max(LEAST, TIMES * path.stat().st_size)
             said = {"id": task.id, "name": task.name, "round": task.round, "sites": sites, "payload": str(path)}
             self._line.say(post=said)
         if SERVER in task.sites and self.home:
@@ -193,7 +198,7 @@ class Remote:
                 said = json.loads(path.read_bytes())
                 failure = Failure(str(said["reason"]), str(said.get("traceback", "")))
                 return Result(task.id, site, failure=failure, seconds=seconds)
-            return Result(task.id, site, codec.load(path), seconds=seconds)
+            return Result(task.id, site, codec.load(path, self._open[task.id].limit), seconds=seconds)
         except (PayloadError, ValueError, KeyError, TypeError, RecursionError) as error:
             return Result(task.id, site, failure=Failure(f"its answer cannot be read: {error}"), seconds=seconds)
 

@@ -26,7 +26,7 @@ from koinon.site.child import environment
 from koinon.site.kit import open_kit
 from koinon.transport.http import Link
 from koinon.transport.tls import client_context
-from server.world import wait
+from server.world import running, wait
 
 GROUPS = {"west": ["site-1", "site-2"], "east": ["site-3", "site-4"]}
 JOB = """
@@ -199,3 +199,14 @@ def test_a_relay_shuts_out_whom_the_server_shuts_out(here: Federation):
     revoke(msgspec.structs.replace(here.project, relays={}), here.folder, "gone")
     lists = [here.kit(f"{name}.server") / "revoked.json" for name in GROUPS]
     wait(lambda: all(file.exists() and '"gone"' in file.read_text() for file in lists))
+
+
+def test_a_server_that_knows_its_group_waits_for_all_of_it(tmp_path: Path):
+    """Where a job names nobody, `sites` in its settings does, whoever is connected."""
+    with running(tmp_path, sites=3, settings='sites = ["a", "b"]\n') as world:
+        status, said = world.call("lead", "POST", "/v1/jobs", world.bundle(everybody=True))
+        assert status == 200, said
+        assert world.assigned("b")["job"] == said["job"] and not world.poll("c")["assignments"]
+        world.work("b", said["job"])
+        world.work("a", said["job"])
+        assert world.finished(said["job"])["state"] == "finished"

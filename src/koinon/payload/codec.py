@@ -21,8 +21,8 @@ from koinon.errors import PayloadError
 from koinon.payload.payload import Arrays, Kind, Payload, Plain
 
 MARK = "$array"
-WIRE = frozenset({"BOOL", "F64", "F32", "F16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8"})
-"""The types of arrays that a file may hold, as safetensors calls them."""
+WIRE = ("U64", "I64", "F64", "F32", "U32", "I32", "F16", "U16", "I16", "I8", "U8", "BOOL")
+"""The types of arrays that a file may hold, as safetensors calls them, and in its order: the widest first."""
 
 MAX_BYTES = 16 << 30
 """What `decode` takes before it refuses, unless told otherwise."""
@@ -70,19 +70,26 @@ def save(payload: Payload, path: Path) -> None:
     arrays: dict[str, np.ndarray] = {}
     skeleton = _flatten(vars(payload), "", arrays)
     header: dict[str, Any] = {"__metadata__": {"koinon": json.dumps(skeleton)}}
-    end = 0
-    for name, array in arrays.items():
-        kind = "BOOL" if array.dtype == bool else f"{array.dtype.kind.upper()}{array.dtype.itemsize * 8}"
-        if kind not in WIRE or not array.dtype.isnative:
-            raise PayloadError(f"'{name}' is of type {array.dtype}, which has no wire form")
-        header[name] = {"dtype": kind, "shape": array.shape, "data_offsets": (end, end + array.nbytes)}
-        end += array.nbytes
+    kinds, end = {name: _kind(name, array) for name, array in arrays.items()}, 0
+    order = sorted(arrays, key=lambda name: (WIRE.index(kinds[name]), name))
+    for name in order:
+        after = end + arrays[name].nbytes
+        header[name] = {"dtype": kinds[name], "shape": arrays[name].shape, "data_offsets": (end, after)}
+        end = after
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for array in arrays.values():
-            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        for name in order:
+            file.write(np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8).data)
+
+
+def _kind(name: str, array: np.ndarray) -> str:
+    """What safetensors calls an array's type."""
+    kind = "BOOL" if array.dtype == bool else f"{array.dtype.kind.upper()}{array.dtype.itemsize * 8}"
+    if kind not in WIRE or not array.dtype.isnative:
+        raise PayloadError(f"'{name}' is of type {array.dtype}, which has no wire form")
+    return kind
 
 
 def load(path: Path, limit: int = MAX_BYTES) -> Payload:

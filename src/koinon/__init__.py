@@ -16,8 +16,8 @@ _HOMES = {
         *["norm_bounded", "trimmed_mean", "Optimizer", "adagrad", "adam", "sgd", "yogi"],
     ],
     "koinon.control": [
-        *["CrossSite", "Cyclic", "FedAvg", "FedBuff", "FedProx", "Hierarchical", "Known", "LoAdaBoost", "QFedAvg"],
-        *["Sampler", "Scaffold"],
+        *["CrossSite", "Cyclic", "Evaluate", "FedAvg", "FedBuff", "FedProx", "Hierarchical", "Known", "LoAdaBoost"],
+        *["QFedAvg", "Sampler", "Scaffold"],
         *["by_size", "by_speed", "everyone", "fraction", "power_of_choice"],
     ],
     "koinon.data": ["by", "classes", "dirichlet", "equal", "explicit", "iid", "lognormal", "power_law", "shards"],
@@ -72,6 +72,7 @@ if TYPE_CHECKING:
     from koinon.control import (
         CrossSite,
         Cyclic,
+        Evaluate,
         FedAvg,
         FedBuff,
         FedProx,

@@ -132,9 +132,7 @@ class Daemon:
         start: what does a job's tasks: a process of its own, or whatever stands in its place.
     """
 
-    def __init__(
-        self, kit: Kit, settings: SiteSettings, link: Way, start: Callable[..., Process] = WORKER
-    ) -> None:
+    def __init__(self, kit: Kit, settings: SiteSettings, link: Way, start: Callable[..., Process] = WORKER) -> None:
         self.kit, self.settings, self.link, self.start = kit, settings, link, start
         self.spool = Spool(kit.run)
         self.errands = Errands(*self.spool.found())

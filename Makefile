@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 BIN    := .venv/bin
+AT_ONCE := -n 2 --dist worksteal
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help demo test test-all lint format docs bench clean
@@ -13,10 +14,10 @@ demo: .venv/.demo  ## a first federated training, in seconds
 	@$(BIN)/koinon demo
 
 test: .venv/.dev  ## the tests, with coverage
-	@$(BIN)/pytest --quiet --cov --cov-report=term
+	@$(BIN)/pytest --quiet $(AT_ONCE) --cov --cov-report=term
 
 test-all: .venv/.dev  ## the slow tests too
-	@$(BIN)/pytest --quiet --cov --cov-report=term -m ""
+	@$(BIN)/pytest --quiet $(AT_ONCE) --cov --cov-report=term -m ""
 
 lint: .venv/.dev  ## style, types and the budgets of the house
 	@$(BIN)/ruff check --quiet
@@ -36,6 +37,8 @@ bench: .venv/.dev  ## measure every figure we claim, as JSON lines
 	@$(BIN)/python bench/plain_loop.py
 	@$(BIN)/python bench/simulation.py
 	@$(BIN)/python bench/scale.py
+	@$(BIN)/python bench/federation.py
+	@$(BIN)/python bench/chaos.py --kills 200
 
 clean:  ## remove what make has made
 	@rm -rf .venv .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache dist

@@ -58,7 +58,7 @@ for message in heard:
                 continue
             if path.is_file() and not {job / "code", job / "work"} & {*path.parents} and path.name != "bundle.zip":
                 print("seen", path, flush=True)
-        for folder in [*job.parents[:3], job / "spool", job / "payloads", job.parent / "other"]:
+        for folder in [job, *job.parents[:3], job / "spool", job / "payloads", job.parent / "other"]:
             for plant in lambda new: new.write_text(""), lambda new: new.symlink_to("key.pem"):
                 try:
                     plant(folder / "planted")
@@ -286,7 +286,7 @@ def test_a_job_sees_nothing_of_the_site_but_its_own_folder(here: Here):
     here.far.ask("2-train", "look")
     here.answered("2-train")
     log = (here.folder / "work/log.txt").read_text()
-    assert "seen" not in log and "planted" not in log
+    assert "seen" not in log and "planted" not in log and not [*here.kit.path.rglob("planted")]
 
 
 def test_a_job_cannot_have_the_site_hand_out_its_key(here: Here):

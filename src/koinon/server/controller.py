@@ -9,7 +9,7 @@ from typing import Any
 
 from koinon.control import Federation, Sites, about, conduct, opened
 from koinon.data import own
-from koinon.errors import in_a_line
+from koinon.errors import QuorumNotReached, in_a_line
 from koinon.site import Agent, bundle, child, in_loops, inline, jobfile
 from koinon.task import Job, Result, Task
 from koinon.tracking import SERVER, Event, Folder
@@ -51,7 +51,14 @@ def _run(line: child.Parent, order: dict[str, Any], run: Path) -> None:
             events.write(json.dumps(said, default=str) + "\n")
 
         last, tracker = opened(folder, model, [tell])
-        transport.join(sites, job.quorum)
+        try:
+            transport.join(sites, job.quorum)
+        except QuorumNotReached as short:
+            folder.set_state("failed", in_a_line(short))
+            raise
+        finally:
+            for site, failure in transport.unfit.items():
+                tracker.emit("refused", 0, site, vars(failure))
         if transport.home is not None:
             transport.evaluators.append(SERVER)
         parties = Sites(sites, transport.evaluators, transport.samples)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import queue
 import shutil
 import threading
@@ -28,7 +29,7 @@ from koinon.payload import Payload
 from koinon.server.blobs import measured
 from koinon.server.store import ACTIVE, Answer, Entry, Posted, Store
 from koinon.site import bundle
-from koinon.site.child import Child
+from koinon.site.child import Child, plain
 from koinon.site.kit import ServerSettings
 from koinon.task import Board, Failure, Result, Task, Verdict
 from koinon.task.wire import Assignment, Orders, Poll
@@ -297,7 +298,9 @@ class Running:
                 loop.call_soon_threadsafe(heard.put_nowait, message)
 
         self._mouth, self._silent = queue.SimpleQueue(), []
-        module, hidden = self._jobs.module, self._jobs.hidden
+        others = [path for path in self.folder.parent.iterdir() if path != self.folder]
+        # What is not there yet stands for the folders of jobs to come.
+        module, hidden = self._jobs.module, [*self._jobs.hidden, *others, self.folder.parent / "others"]
         self._child = child = Child(module, self.folder, hear, hidden=hidden)
         threading.Thread(target=_speak, args=(child, self._mouth), daemon=True, name=f"to {child.pid}").start()
         settings, places = self._jobs.settings, {"job": str(self.folder / "bundle"), "run": str(self.folder / "run")}
@@ -471,8 +474,8 @@ def _speak(child: Child, mouth: queue.SimpleQueue[dict[str, Any] | None]) -> Non
 
 
 def _last_line(log: Path) -> str:
-    with contextlib.suppress(OSError), log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - 4096))
+    with contextlib.suppress(OSError), os.fdopen(plain(log), "rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - 4096))
         lines = file.read().decode(errors="replace").strip().splitlines()
         return lines[-1] if lines else "it said nothing"
     return "it said nothing"

@@ -21,7 +21,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from weakref import WeakKeyDictionary
 
 import msgspec
@@ -37,7 +37,7 @@ from koinon.site import bundle, certificates
 from koinon.site.kit import Identity, Kit
 from koinon.task import Verdict
 from koinon.task.errands import DIGEST
-from koinon.task.wire import Orders, Poll, Receipt, decode, encode, understood
+from koinon.task.wire import VERSION, Orders, Poll, Receipt, decode, encode, understood
 
 SMALL = 1 << 20
 """Bytes of a call that is no transfer, at most."""
@@ -107,6 +107,7 @@ class Service:
         ):
             app.router.add_route(method, path, self._guarded(act, handler))
         app.router.add_route("*", "/{other:.*}", self._guarded("", self._unknown))
+        app.on_response_prepare.append(_versioned)
         return app
 
     async def watch(self) -> None:
@@ -166,7 +167,7 @@ class Service:
             start = request.http_range.start or 0
         except ValueError as cause:
             raise Denied(416, f"a range is to be asked for as bytes=N-: {cause}") from cause
-        with path.open("rb") as file:
+        with _plain(path) as file:
             size = os.fstat(file.fileno()).st_size
             if not 0 <= start <= size:
                 raise Denied(416, f"there are {size} bytes, and none from {start} on")
@@ -395,13 +396,17 @@ class Service:
         id = request.match_info["id"]
         if entry := self._jobs.entries.get(id):
             return entry
-        raise Denied(404, f"there is no job '{id}': GET /v1/jobs lists them")
+        raise Denied(404, f"there is no job '{id}': `koinon jobs` lists them")
 
     def _run_folder(self, request: web.Request) -> dict[str, Path]:
         """The plain files of a job's run folder, by name; what a job's own code has linked there is no file of it."""
         run = self._jobs.folder / self._entry(request).id / "run"
         paths = (Path(folder, name) for folder, _, names in os.walk(run) for name in names)
         return {path.relative_to(run).as_posix(): path for path in sorted(paths) if not path.is_symlink()}
+
+
+async def _versioned(_: web.Request, response: web.StreamResponse) -> None:
+    response.headers["Koinon-Version"] = ".".join(map(str, VERSION))
 
 
 def _shown(entry: Entry) -> dict[str, Any]:
@@ -413,9 +418,14 @@ def _said(message: msgspec.Struct, status: int = 200) -> web.Response:
     return web.Response(body=encode(message), status=status, content_type="application/json")
 
 
+def _plain(path: Path) -> BinaryIO:
+    """A file of a run folder, where a job writes at any time: no link of its making is followed."""
+    return os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb")
+
+
 def _tail(path: Path, after: int) -> bytes:
     """What a growing file holds from there on, up to a piece."""
-    with suppress(FileNotFoundError), path.open("rb") as file:
+    with suppress(OSError), _plain(path) as file:
         file.seek(after)
         return file.read(PIECE)
     return b""

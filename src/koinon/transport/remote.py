@@ -81,6 +81,8 @@ class Remote:
         self._committed = 0
         self.held: dict[str, Mapping[str, float]] = {}
         """What sites said that they hold: samples to `train` on and to `test` with."""
+        self.unfit: dict[str, Failure] = {}
+        """Who cannot take part, and why."""
         self.evaluators: list[str] = []
         """Who holds samples to test with, in the order of the sites."""
         threading.Thread(target=self._listen, daemon=True, name="line").start()
@@ -108,7 +110,7 @@ class Remote:
         """
         known = self._folder / "sites.json"
         self.held = json.loads(known.read_text()) if known.exists() else {}
-        needed, board, failures = math.ceil(quorum * len(sites)), Board(), dict[str, Failure]()
+        needed, board = math.ceil(quorum * len(sites)), Board()
         if missing := tuple(site for site in sites if site not in self.held):
             board.post(task := Task(JOIN, JOIN, 0, Payload("weights"), missing, quorum=max(1, needed - len(self.held))))
             while not board.progress(JOIN, self.now()).over:
@@ -116,14 +118,14 @@ class Remote:
                 while isinstance(result := board.take(JOIN), Result):
                     values = result.payload.values.get("metrics") if result.payload else None
                     self.held[result.site] = values if isinstance(values, Mapping) else {}
-            failures = board.close(JOIN)
+            self.unfit = board.close(JOIN)
             known.write_text(json.dumps(self.held))
         self.evaluators[:] = [site for site in sites if self.held.get(site, {}).get("test")]
         if len(self.held) < needed:
-            why = "".join(f"\n  '{site}': {failure.reason}" for site, failure in failures.items())
-            trace = next((failure.traceback for failure in failures.values() if failure.traceback), "")
+            why = "".join(f"\n  '{site}': {failure.reason}" for site, failure in self.unfit.items())
+            trace = next((failure.traceback for failure in self.unfit.values() if failure.traceback), "")
             raise QuorumNotReached(
-                f"{len(failures)} of {len(sites)} sites cannot take part, {needed} are needed{why}", trace
+                f"{len(self.unfit)} of {len(sites)} sites cannot take part, {needed} are needed{why}", trace
             )
 
     def samples(self, sites: Sequence[str]) -> np.ndarray:

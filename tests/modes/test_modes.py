@@ -22,7 +22,7 @@ CASES = {
     "tcga scaffold": ("tcga", ["--rounds", "2", "--set", "strategy=scaffold"], "tcga_brca"),
     "tcga cyclic": ("tcga", ["--rounds", "1", "--set", "strategy=cyclic"], "tcga_brca"),
 }
-SHORT = ("digits", "numpy_only", "tcga")
+SHORT = {("digits", "processes"), ("digits", "ray"), ("digits", "poc"), ("tcga", "poc")}
 """The others run in `make test-all`."""
 
 PLACES = {
@@ -58,9 +58,13 @@ def run(tmp_path, request):
     return run
 
 
-@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize(
-    "example", [name if name in SHORT else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+    ("example", "place"),
+    [
+        pytest.param(example, place, marks=() if (example, place) in SHORT else pytest.mark.slow)
+        for example in CASES
+        for place in PLACES
+    ],
 )
 def test_an_example_ends_in_the_same_bits(run, example, place):
     """As in this process, each site trained for itself."""

@@ -28,7 +28,14 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("name", "arguments", "data", "score"), CASES.values(), ids=CASES.keys())
+SLOW = ("own_script",)
+"""Its page is run by default, and does the same."""
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "data", "score"),
+    [pytest.param(*case, id=id, marks=pytest.mark.slow if id in SLOW else ()) for id, case in CASES.items()],
+)
 def test_an_example_runs(request, tmp_path, name, arguments, data, score):
     """To the end, with a report; it learns at least so much."""
     if name not in ("fedprox", "numpy_only"):

@@ -39,7 +39,7 @@ OVER = ("finished", "failed", "stopped")
 
 def anywhere(order: Order, out: Path | None, sinks: Sequence[Sink], *, sites: int | None = None) -> Run:
     """Run what is ordered where it is ordered: in a federation, or simulated."""
-    if order.on == "poc" or Path(order.on, "kit.json").exists():
+    if order.on == "poc" or (order.on and Path(order.on, "kit.json").exists()):
         return run(order, out, sinks, sites=sites)
     return session.run(order, out, sinks)
 

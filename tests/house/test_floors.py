@@ -10,7 +10,7 @@ import pytest
 from house.source import PACKAGE, Module, imported, modules, resolved
 
 FLOORS = {
-    0: ("errors", "lazy", "streams"),
+    0: ("disk", "errors", "lazy", "streams"),
     1: ("payload", "data", "tracking"),
     2: ("filters", "aggregate"),
     3: ("task",),

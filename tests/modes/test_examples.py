@@ -2,14 +2,11 @@
 
 import os
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from koinon.tracking import read
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
+from modes.examples import EXAMPLES, command
 
 CASES = {
     "digits": ("digits", ["--rounds", "2"], None, 0.5),
@@ -27,7 +24,6 @@ CASES = {
     "tcga scaffold": ("tcga", ["--rounds", "1", "--set", "strategy=scaffold"], "tcga_brca", 0.0),
 }
 
-
 SLOW = ("own_script",)
 """Its page is run by default, and does the same."""
 
@@ -38,17 +34,8 @@ SLOW = ("own_script",)
 )
 def test_an_example_runs(request, tmp_path, name, arguments, data, score):
     """To the end, with a report; it learns at least so much."""
-    if name not in ("fedprox", "numpy_only"):
-        framework = {"jax_digits": "jax", "keras_digits": "tensorflow"}.get(name, "torch")
-        pytest.importorskip(framework, reason="its framework is not installed")
-    if data:
-        folder = request.getfixturevalue("shared_data") / data
-        if not folder.is_dir():
-            pytest.skip(f"there is no {folder}")
-        arguments = [*arguments, "--set", f"data={folder}"]
-    command = [sys.executable, "-m", "koinon.operate.cli", "run", str(EXAMPLES / f"{name}.py"), *arguments]
     run = subprocess.run(
-        [*command, "--out", "run"],
+        [*command(request, name, arguments, data), "--out", "run"],
         cwd=tmp_path,
         env={**os.environ, "MPLBACKEND": "Agg"},
         capture_output=True,

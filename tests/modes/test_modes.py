@@ -2,12 +2,10 @@
 
 import os
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+from modes.examples import command
 
 CASES = {
     "digits": ("digits", ["--rounds", "2", "--set", "sites=3"], None),
@@ -37,20 +35,11 @@ def run(tmp_path, request):
     """Runs an example somewhere, to its model's bytes."""
 
     def run(example, where):
-        name, arguments, data = CASES[example]
-        if name not in ("fedprox", "numpy_only"):
-            framework = {"jax_digits": "jax", "keras_digits": "tensorflow"}.get(name, "torch")
-            pytest.importorskip(framework, reason="its framework is not installed")
-        if data:
-            folder = request.getfixturevalue("shared_data") / data
-            if not folder.is_dir():
-                pytest.skip(f"there is no {folder}")
-            arguments = [*arguments, "--set", f"data={folder.resolve()}"]
+        ready = command(request, *CASES[example])
         out = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
-        command = [sys.executable, "-m", "koinon.operate.cli", "run", str(EXAMPLES / f"{name}.py"), *arguments, *where]
         environment = {**os.environ, "MPLBACKEND": "Agg"}
         done = subprocess.run(
-            [*command, "--out", str(out)], cwd=tmp_path, env=environment, capture_output=True, text=True
+            [*ready, *where, "--out", str(out)], cwd=tmp_path, env=environment, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
         return (out / "last.safetensors").read_bytes()

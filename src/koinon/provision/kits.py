@@ -20,6 +20,7 @@ import msgspec
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from koinon.disk import settle
 from koinon.errors import KitError, nearest
 from koinon.provision import authority, templates
 from koinon.provision.project import Project, named
@@ -199,7 +200,7 @@ def _certificate(
 def _placed(draft: Path, path: Path) -> Path:
     """Put a finished kit in its place, and the same as an archive beside it."""
     files = [file for file in draft.rglob("*") if file.is_file()]
-    signing.settle(*files, draft)
+    settle(*files, draft)
     _pack(draft, path)
     if path.exists():
         if not (draft / "key.pem").exists():
@@ -210,7 +211,7 @@ def _placed(draft: Path, path: Path) -> Path:
         shutil.rmtree(draft)
     else:
         draft.replace(path)
-    signing.settle(path, path.parent)
+    settle(path, path.parent)
     return path
 
 

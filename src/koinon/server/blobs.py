@@ -15,6 +15,8 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from koinon.disk import settle
+
 REMEMBERED = 1000
 """So many cut arrivals are not read again when they go on."""
 
@@ -34,15 +36,6 @@ def measured(path: Path) -> tuple[str, int]:
         found = hashlib.file_digest(file, "sha256").hexdigest()
         os.fsync(file.fileno())
         return found, file.tell()
-
-
-def sync(path: Path) -> None:
-    """Force a file, or the names in a folder, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class Blobs:
@@ -76,7 +69,7 @@ class Blobs:
         """
         if path.exists():  # not at a second attempt whose first was told too late that it had worked
             self._link(path, digest)
-        sync(self.folder)
+        settle(self.folder)
         yield
         path.unlink(missing_ok=True)
 

@@ -21,6 +21,7 @@ from typing import Any, TypeAlias, cast
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from koinon.disk import settle
 from koinon.errors import KitError, KoinonError, Refused
 from koinon.server.__main__ import logging_as, serve
 from koinon.server.jobs import Jobs
@@ -140,7 +141,7 @@ class Group:
         manifest, who = said | {"sites": None}, (by.name, by.organisation, time.time())
         entry = Entry(self.id, said["name"], digest, len(data), manifest, *who)
         path = self._jobs.store.blobs.scratch(data)
-        signing.settle(path)
+        settle(path)
         await self._jobs.submit(entry, path)
         path.unlink(missing_ok=True)
         if (entry := self._jobs.entries[self.id]).state not in ACTIVE:

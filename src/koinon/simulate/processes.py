@@ -28,20 +28,13 @@ from koinon.simulate.box import Box, Packed
 from koinon.simulate.crew import DEPTH, Crew, Gone, Hand
 from koinon.simulate.weather import Weather
 from koinon.site import Agent, inline
+from koinon.site.child import threading_of
 from koinon.task import Job
 from koinon.transport import Chunk
 
 START = "from koinon.simulate.processes import main; main()"
 
-ONE_THREAD = {
-    "OMP_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-    "TF_NUM_INTRAOP_THREADS": "1",
-    "TF_NUM_INTEROP_THREADS": "1",
-    "NPROC": "1",  # JAX
-    "TF_CPP_MIN_LOG_LEVEL": "2",
-}
+ONE_THREAD = threading_of(1)
 """Cores are shared out among processes, not among threads of each."""
 
 KEPT = {-3: 1 << 25, -1: 1 << 29}

@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
+from koinon.disk import settle
 from koinon.errors import KitError, Refused
 
 UNREADABLE = (
@@ -132,13 +133,3 @@ def put(path: Path, data: bytes, mode: int = 0o644, *, durable: bool = True) -> 
     draft.replace(path)
     if durable:
         settle(path.parent)
-
-
-def settle(*paths: Path) -> None:
-    """Have files and folders on the disk.  Many together cost little more than one."""
-    for path in paths:
-        at = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(at)
-        finally:
-            os.close(at)

@@ -24,6 +24,7 @@ from typing import Any
 
 import msgspec
 
+from koinon.disk import settle
 from koinon.errors import Refused
 from koinon.site import signing
 from koinon.site.child import remove
@@ -120,7 +121,7 @@ class Spool:
         state = self._record(answer).with_suffix(".state")
         if learned and state.exists():
             state.replace(self.job(answer.job) / "code" / "state.safetensors")
-            sync(self.job(answer.job) / "code")
+            settle(self.job(answer.job) / "code")
         self.discard(answer.job, answer.task)
 
     def discard(self, job: str, task: str) -> None:
@@ -165,15 +166,6 @@ class Spool:
 
     def _record(self, answer: Answer) -> Path:
         return self._spool(answer.job) / f"{file_name(answer.task)}.json"
-
-
-def sync(folder: Path) -> None:
-    """What was renamed in a folder survives a crash of the machine."""
-    place = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(place)
-    finally:
-        os.close(place)
 
 
 def _moved(source: Path, place: Path) -> tuple[str, int]:

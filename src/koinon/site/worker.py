@@ -20,9 +20,7 @@ from koinon.site import child, jobfile
 from koinon.site.agent import Agent, State
 from koinon.site.runner import in_loops, inline
 from koinon.task import Failure, Job, Task, Worker
-
-JOIN = "join"
-"""The task that no executor answers: how many samples a site holds."""
+from koinon.task.wire import JOIN
 
 REASON, TRACEBACK = 1000, 9000
 """Characters that are said of a failure, at most; of the traceback the last ones."""

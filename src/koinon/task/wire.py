@@ -21,6 +21,9 @@ VERSION = (1, 0)
 
 T = TypeVar("T")
 
+JOIN = "join"
+"""The task that every site is asked first, and no executor answers: how many samples it holds."""
+
 
 class Assignment(msgspec.Struct, frozen=True):
     """A task as a site hears of it.

@@ -25,6 +25,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from koinon.disk import settle
 from koinon.errors import RunError
 from koinon.payload import codec
 from koinon.tracking.events import FEDERATION, Event
@@ -246,19 +247,10 @@ def _write(path: Path, data: bytes, durable: bool = False) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_bytes(data)
     if durable:
-        _to_disk(temporary)
+        settle(temporary)
     temporary.replace(path)
     if durable:
-        _to_disk(path.parent)
-
-
-def _to_disk(path: Path) -> None:
-    """Force a file, or a folder's list of names, to disk."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
+        settle(path.parent)
 
 
 def _link(target: Path, name: Path) -> None:

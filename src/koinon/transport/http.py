@@ -23,8 +23,8 @@ from urllib.parse import quote
 
 import msgspec
 
+from koinon.disk import settle
 from koinon.errors import LinkError, Refused
-from koinon.site.spool import sync
 from koinon.task.errands import Answer, file_name
 from koinon.task.wire import Orders, Poll, Receipt, decode, encode
 from koinon.transport.route import CONNECT, FAULTS, route, said
@@ -104,7 +104,7 @@ class Link:
             part.unlink()
             raise LinkError(f"{self} sent other bytes than it announced ({digest[:12]}): they are asked for again")
         part.replace(into)
-        sync(into.parent)
+        settle(into.parent)
 
     def push(self, answer: Answer, path: Path) -> str:
         """Bring an answer to the server, from where it was cut off; what became of it.

@@ -23,13 +23,11 @@ from koinon.aggregate import Aggregator
 from koinon.errors import PayloadError, QuorumNotReached
 from koinon.payload import Payload, codec
 from koinon.task import Board, Failure, Result, Task
+from koinon.task.wire import JOIN
 from koinon.tracking import SERVER
 
 TIMES, LEAST = 8, 64 << 20
 """An answer may be so many times as large as what was asked, and so many bytes in any case: before it is read."""
-
-JOIN = "join"
-"""The task that every site is asked first, and no executor answers: what it holds."""
 
 
 class Line(Protocol):

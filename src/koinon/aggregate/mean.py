@@ -9,7 +9,7 @@ import numpy as np
 from koinon.aggregate.aggregator import Aggregator, State
 from koinon.payload import Arrays
 
-PIECE = 1 << 16
+PIECE = 1 << 17
 """Entries taken at a time: a piece of the sum and of the product stay in the cache."""
 
 
@@ -44,9 +44,10 @@ def add(state: State, update: Arrays, weight: float) -> State:
         state = {"sum": total, "weight": 0.0, "types": {name: array.dtype.name for name, array in update.items()}}
     for name, array in update.items():
         total, entries = state["sum"][name].reshape(-1), array.reshape(-1)
+        scale = total.dtype.type(weight)
         for start in range(0, total.size, PIECE):  # twice as fast as with a temporary of full size
             piece = total[start : start + PIECE]
-            piece += np.multiply(entries[start : start + PIECE], weight, dtype=piece.dtype)
+            piece += entries[start : start + PIECE] * scale
     state["weight"] += weight
     return state
 

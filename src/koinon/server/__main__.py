@@ -28,7 +28,7 @@ from koinon.errors import SettingsError
 from koinon.server.access import Door
 from koinon.server.blobs import Blobs
 from koinon.server.jobs import CONTROLLER, Jobs
-from koinon.server.service import Service
+from koinon.server.service import PIECE, Service
 from koinon.server.store import Store
 from koinon.site.kit import Kit, ServerSettings, settings
 from koinon.transport import process
@@ -118,7 +118,7 @@ async def listening(app: web.Application, listen: str, context: ssl.SSLContext |
         SettingsError: the address cannot be had.
     """
     host, _, port = listen.rpartition(":")
-    limits: dict[str, Any] = {"keepalive_timeout": IDLE, "shutdown_timeout": 2.0, "read_bufsize": BUFFER}
+    limits: dict[str, Any] = {"keepalive_timeout": IDLE, "shutdown_timeout": 2.0, "read_bufsize": PIECE}
     runner = web.AppRunner(app, access_log=None, logger=_HTTP, **limits)
     await runner.setup()
     assert runner.server

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -110,13 +110,14 @@ class Arrival:
         self._file.seek(0)
         self.hash = known[1] if known and known[0] == self.size else hashlib.file_digest(self._file, "sha256")
 
-    def add(self, piece: bytes) -> None:
-        """Append a piece.
+    def add(self, pieces: Sequence[bytes]) -> None:
+        """Append pieces.
 
         Raises:
             OSError: there is no room; what was written stays.
         """
-        with memoryview(piece) as rest:
+        for piece in pieces:
+            rest = memoryview(piece)
             while rest.nbytes:
                 written = self._file.write(rest)
                 self.hash.update(rest[:written])

@@ -52,14 +52,14 @@ class Agent:
         began, state = time.perf_counter(), states.get(site, {})
         try:
             received = received or self._received(task)
-            # Whoever trains in place would be taken for one who learned nothing.
-            model = tree.read_only({**received.arrays, **state.get("kept", {})})
+            if "kept" in state:
+                received = replace(received, arrays={**received.arrays, **tree.read_only(state["kept"])})
             if task.name not in self.workers:
                 raise JobError(f"no executor of this job answers the task '{task.name}'")
             own = {**state.get("own", {})}
             context = Context(task.name, site, task.round, self.data(site), self.seed, own)
-            answer = self.workers[task.name](Payload(received.kind, model, received.values), context)
-            payload, states[site] = self._leave(answer, model, context, state)
+            answer = self.workers[task.name](received, context)
+            payload, states[site] = self._leave(answer, received.arrays, context, state)
         except Exception as error:
             return Result(task.id, site, failure=failed(error), seconds=time.perf_counter() - began)
         return Result(task.id, site, payload, seconds=time.perf_counter() - began)
@@ -88,7 +88,12 @@ class Agent:
     # -- inside ----------------------------------------------------------------------------------------------
 
     def _received(self, task: Task) -> Payload:
-        return self.job.download.decode(replace(task.payload, arrays=tree.read_only(task.payload.arrays)))
+        """The task's payload, decoded.  Whoever trained in place would be taken for one who learned nothing."""
+        payload = replace(task.payload, arrays=tree.read_only(task.payload.arrays))
+        if self.job.download is NOTHING:
+            return payload
+        decoded = self.job.download.decode(payload)
+        return replace(decoded, arrays=tree.read_only(decoded.arrays))
 
     def _at_once(self, task: Task, sites: Sequence[str], states: States, aggregator: Aggregator | None) -> Answers:
         """The same from one tensor program; of a plain mean, no site's own update is ever written down."""

@@ -85,6 +85,23 @@ def test_a_round_as_it_should_be(world: World):
     assert abs(sites["a"]["last_seen"] - time.time()) < 30
 
 
+def test_what_ails_a_site_is_told(world: World):
+    """In the log once, whatever it holds, and in the list of sites until it is over."""
+
+    def trouble() -> str:
+        rows = world.call("member", "GET", "/v1/sites")[1]
+        return str(next(row["trouble"] for row in rows if row["name"] == "b"))
+
+    before = world.log.stat().st_size
+    for _ in range(2):
+        world.poll("b", troubles={"j": "no room\n2026-01-01 ERROR forged"})
+    told = world.log.read_bytes()[before:].decode()
+    assert told.count("site 'b' cannot go on with job 'j' for now: 'no room\\n2026") == 1 and "\n2026-01-01" not in told
+    assert trouble().startswith("no room")
+    world.poll("b")
+    assert trouble() == ""
+
+
 def test_a_poll_waits_until_there_is_something_to_say(world: World):
     """And no longer; nothing new is said after the time it asked for."""
     began = time.monotonic()

@@ -122,9 +122,10 @@ class Far:
         if self.down or (self.deaf and call == "push"):
             raise LinkError("nobody listens at localhost:1")
 
-    def poll(self, holding, jobs, wait):
+    def poll(self, poll):
         time.sleep(0.005)
         self._fate("poll")
+        holding, jobs, self.troubles = poll.holding, poll.jobs, poll.troubles
         self.polls.append((holding, jobs))
         held = {task for tasks in holding.values() for task in tasks}
         news = [one for task, one in self.tasks.items() if task not in held and task not in self.answers]
@@ -517,7 +518,7 @@ def test_nonsense_is_no_reason_to_stop(here: Here, caplog: pytest.LogCaptureFixt
 def test_a_full_disk_takes_nothing_and_goes_on(
     here: Here, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
-    """It says so; the server hears that the task is held, and that the site lives."""
+    """It says so; the server hears that the task is held, that the site lives, and what ails it."""
     here.settings = SiteSettings(poll=0.01, disk_gb=5)
     monkeypatch.setattr(daemon, "LOOK", 0.05)
     monkeypatch.setattr(daemon.Spool, "free_gb", lambda spool: 4.9)
@@ -525,9 +526,13 @@ def test_a_full_disk_takes_nothing_and_goes_on(
     here.start()
     until(lambda: "less than 5 GB are free at" in caplog.text)
     until(lambda: here.far.polls[-1][0] == {here.far.job: ["1-train"]})
+    until(lambda: here.far.troubles)
+    (reason,) = here.far.troubles.values()
+    assert reason.startswith("less than 5 GB are free at 'KIT/run'") and str(here.kit.path) not in reason
     assert not here.folder.exists() and caplog.text.count("less than 5 GB") == 1
     monkeypatch.setattr(daemon.Spool, "free_gb", lambda spool: 5.1)
     here.answered("1-train")
+    until(lambda: not here.far.troubles)
 
 
 def test_a_job_that_ends_while_there_is_trouble_does_not_go_on(

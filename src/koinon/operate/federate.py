@@ -198,5 +198,5 @@ def poc(what: str, sites: int, as_json: bool) -> None:
 
 
 def _dated(rows: list[dict[str, Any]], column: str) -> list[dict[str, Any]]:
-    """Unix time as this machine's clock shows it."""
-    return [{**row, column: f"{datetime.fromtimestamp(row[column]):%Y-%m-%d %H:%M:%S}"} for row in rows]
+    """Unix time as this machine's clock shows it, with its zone."""
+    return [{**row, column: f"{datetime.fromtimestamp(row[column]).astimezone():%Y-%m-%d %H:%M:%S %Z}"} for row in rows]

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from koinon.errors import SettingsError
 from koinon.tracking import Run
@@ -63,7 +64,7 @@ def show(rows: list[dict[str, Any]], as_json: bool) -> None:
     for key, value in rows[0].items():
         table.add_column(key.replace("_", " "), justify="left" if isinstance(value, str) else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*(words(value) for value in row.values()))
+        table.add_row(*(Text(words(value)) for value in row.values()))  # what a stranger wrote is no markup
     # Where nobody watches, a table is as wide as it needs to be.
     console = Console() if sys.stdout.isatty() else Console(width=400)
     console.print(table)

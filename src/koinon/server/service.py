@@ -90,6 +90,7 @@ class Service:
         self._kit, self._jobs, self._door = kit, jobs, door
         self._blobs: Blobs = jobs.store.blobs
         self._uploads: dict[str, tuple[asyncio.Transport, asyncio.Event]] = {}
+        self._troubles: dict[str, dict[str, str]] = {}  # by site, then by job: why it cannot go on for now
         self._told: WeakKeyDictionary[asyncio.Transport, str] = WeakKeyDictionary()  # of those who are revoked
         self._revoked = 0.0  # when the list of revoked names changed last
 
@@ -212,6 +213,10 @@ class Service:
     async def _poll(self, request: web.Request, who: Identity) -> web.StreamResponse:
         poll = decode(await _body(request), Poll)
         understood(poll.version)
+        if poll.troubles != self._troubles.get(who.name, {}):
+            self._troubles[who.name] = poll.troubles
+            for job, reason in poll.troubles.items():
+                _LOG.warning("site '%s' cannot go on with job %.99r for now: %.999r", who.name, job, reason)
         began, news = time.monotonic(), self._jobs.news[who.name]
         until = began + min(poll.wait if math.isfinite(poll.wait) else 0, WAIT)
         while True:
@@ -411,7 +416,8 @@ class Service:
                 seen = now - (time.monotonic() - self._jobs.seen[name])
             here = {"connected": name in self._jobs.seen and not self._jobs.silent(name), "last_seen": seen}
             jobs = [job.id for job in running if name in (job.entry.sites or ())]
-            rows.append({"name": name, "organisation": row["organisation"], **here, "jobs": jobs})
+            trouble = "; ".join(dict.fromkeys(self._troubles.get(name, {}).values()))
+            rows.append({"name": name, "organisation": row["organisation"], **here, "jobs": jobs, "trouble": trouble})
         return web.json_response(rows)
 
     def _entry(self, request: web.Request) -> Entry:

@@ -12,7 +12,7 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from koinon.site.child import Child, masking, plain
 from koinon.site.kit import Identity, Kit, SiteSettings
 from koinon.site.spool import Spool
 from koinon.task.errands import KEPT, Answer, Backoff, Deliver, Discard, Errands, Forget, Step, Work
-from koinon.task.wire import Assignment, Orders
+from koinon.task.wire import Assignment, Orders, Poll
 
 RENEW = 3600.0
 """Seconds between looks at the certificate's date."""
@@ -49,7 +49,7 @@ _log = logging.getLogger("koinon.site")
 class Way(Protocol):
     """To the server: what a site needs of koinon.transport.http.Link, and how it fails."""
 
-    def poll(self, holding: Mapping[str, list[str]], jobs: list[str], wait: float) -> Orders: ...
+    def poll(self, poll: Poll) -> Orders: ...
     def fetch(self, digest: str, size: int, into: Path) -> None: ...
     def push(self, answer: Answer, path: Path) -> str: ...
     def renew(self, request: bytes) -> bytes: ...
@@ -78,18 +78,21 @@ class Trouble:
 
     again: str
     said: set[str] = field(default_factory=set)
+    now: str = ""
 
     def met(self, reason: Exception) -> None:
         """It does not work."""
-        if str(reason) not in self.said:
+        self.now = str(reason)
+        if self.now not in self.said:
             _log.warning("%s; it is tried again", reason)
-        self.said.add(str(reason))
+        self.said.add(self.now)
 
     def over(self) -> None:
         """It works."""
         if self.said:
             _log.info("%s", self.again)
         self.said.clear()
+        self.now = ""
 
 
 @dataclass
@@ -166,8 +169,9 @@ class Daemon:
     def _ask(self, wait: float) -> bool:
         """Ask once; whether there was anything new."""
         with self._change:
-            holding, jobs = self.errands.holding, self.errands.jobs
-        orders = self.link.poll(holding, jobs, wait)
+            troubles = {job: self._masked(here.trouble.now) for job, here in self._hosted.items() if here.trouble.now}
+            poll = Poll(holding=self.errands.holding, jobs=self.errands.jobs, wait=wait, troubles=troubles)
+        orders = self.link.poll(poll)
         with self._change:
             new = self.errands.hear(orders)
             self.counts["polls"] += 1

@@ -58,12 +58,14 @@ class Poll(msgspec.Struct, frozen=True):
         holding: job -> the tasks that it works on, or whose answers it has not been able to deliver.
         jobs: all jobs of which it keeps anything.
         wait: for how many seconds the server may keep it waiting if there is nothing to say.
+        troubles: job -> why it cannot go on with it for now, such as a full disk.
     """
 
     version: tuple[int, int] = VERSION
     holding: dict[str, list[str]] = {}
     jobs: list[str] = []
     wait: float = 25.0
+    troubles: dict[str, str] = {}
 
 
 class Orders(msgspec.Struct, frozen=True):

@@ -81,10 +81,9 @@ class Link:
 
     # -- a site's --------------------------------------------------------------------------------------------
 
-    def poll(self, holding: Mapping[str, list[str]], jobs: list[str], wait: float) -> Orders:
-        """What to do; the server may keep it waiting for so many seconds."""
-        poll = Poll(holding=dict(holding), jobs=jobs, wait=wait)
-        return decode(self._said("POST", "/v1/poll", encode(poll), timeout=wait + CONNECT), Orders)
+    def poll(self, poll: Poll) -> Orders:
+        """What to do."""
+        return decode(self._said("POST", "/v1/poll", encode(poll), timeout=poll.wait + CONNECT), Orders)
 
     def fetch(self, digest: str, size: int, into: Path) -> None:
         """Bring the bytes of this SHA-256 into a file, which is there when they are complete and on the disk."""

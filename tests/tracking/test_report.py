@@ -58,7 +58,7 @@ def renamed(run: Run, old: str, new: str) -> Run:
     """A run in which a site has another name."""
     names = [new if site == old else site for site in run.info["partition"]["names"]]
     info = {**run.info, "partition": {**run.info["partition"], "names": names}}
-    return replace(run, info=info, rows=[row._replace(site=new) if row.site == old else row for row in run.rows])
+    return replace(run, info=info, known=[row._replace(site=new) if row.site == old else row for row in run.rows])
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 3), (8, 20), (100, 5)], ids=lambda shape: f"{shape[0]}x{shape[1]}")
@@ -107,7 +107,7 @@ def test_the_headline_names_the_round_of_each_score(values: list[float], sentenc
     rows = [
         r._replace(value=scores[r.round]) if (r.site, r.name) == ("federation", "accuracy") else r for r in run.rows
     ]
-    assert sentence in Reading(report.page(replace(run, rows=rows))).text
+    assert sentence in Reading(report.page(replace(run, known=rows))).text
 
 
 def test_the_table_gives_each_site_and_marks_the_worst(tmp_path: Path, undrawn: None):
@@ -135,7 +135,7 @@ def test_the_page_says_how_evenly_sites_are_served(tmp_path: Path, undrawn: None
     run = synthetic(tmp_path, 20, 2)
     scores = [rounds[2] for rounds in run.by_site("accuracy").values()]
     own = [row._replace(name="personal_accuracy", value=row.value / 2) for row in run.rows if row.name == "accuracy"]
-    html = report.page(replace(run, rows=[*run.rows, *own]))
+    html = report.page(replace(run, known=[*run.rows, *own]))
     fairness, table = re.findall(r"<table>.*?</table>", html, re.DOTALL)
     for title, values in (("common model", np.array(scores)), ("own models", np.array(scores) / 2)):
         cells = f"{values.mean():.3f}</td><td>{np.sort(values)[:2].mean():.3f}</td><td>{values.var():.2g}"
@@ -147,7 +147,7 @@ def test_the_page_says_how_evenly_sites_are_served(tmp_path: Path, undrawn: None
 def crossed(run: Run, sites: int) -> Run:
     """As if of `CrossSite`: in round i site i trains, in the last nobody does."""
     rows = [row for row in run.rows if row.name != "train_samples" or row.site == f"site-{row.round}"]
-    return replace(run, info={**run.info, "job": "CrossSite", "rounds": 0}, rows=rows)
+    return replace(run, info={**run.info, "job": "CrossSite", "rounds": 0}, known=rows)
 
 
 @pytest.mark.parametrize("sites", [3, 20])

@@ -1,6 +1,7 @@
 """Reading a run back: its table, its models, and what is said where there is none."""
 
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -60,6 +61,17 @@ def test_a_folder_without_a_table_has_no_rows(tmp_path):
     Folder.create(tmp_path / "run", INFO)
     (tmp_path / "run" / "metrics.csv").unlink()
     assert read(tmp_path / "run").rows == []
+
+
+def test_the_numbers_of_a_folder_that_is_gone_are_not_nothing(tmp_path):
+    """They are read when they are first asked for."""
+    written(tmp_path / "run")
+    before, after = read(tmp_path / "run"), read(tmp_path / "run")
+    assert before.rows
+    shutil.rmtree(tmp_path / "run")
+    assert before.rows
+    with pytest.raises(RunError, match="is gone, and its numbers with it"):
+        _ = after.rows
 
 
 def test_a_line_that_a_kill_cut_short_is_left_out(tmp_path):

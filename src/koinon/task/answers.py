@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from koinon.aggregate import Aggregator, State
+from koinon.filters import NOTHING
 from koinon.payload import Arrays, Payload, codec, tree
 from koinon.task.job import Job
 from koinon.task.task import Failure, Result
@@ -114,8 +115,10 @@ def read(job: Job, result: Result, like: Arrays) -> Update:
         Refusal: it cannot be counted.
     """
     assert result.payload is not None
+    payload = result.payload
     try:
-        payload = job.upload.decode(result.payload) if result.payload.arrays else result.payload
+        if payload.arrays and job.upload is not NOTHING:
+            payload = job.upload.decode(payload)
     except Exception as error:  # the bytes are a stranger's, and so is what a filter makes of them
         raise Refusal(f"{job.upload.name} cannot decode its answer: {error}") from error
     weight, metrics = numbers(payload.values)

@@ -6,6 +6,7 @@ import csv
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,12 +33,21 @@ class Run:
     Args:
         path: its folder.
         info: what `run.json` holds: name, state, seed, settings, versions, partition, best, reason.
-        rows: the whole table, in the order in which it was measured.
+        known: the whole table, if it is not to be read from the folder.
     """
 
     path: Path
     info: dict[str, Any]
-    rows: list[Row]
+    known: list[Row] | None = None
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """The whole table, in the order in which it was measured; read when it is first asked for, since it has many.
+
+        Raises:
+            RunError: the folder is gone.
+        """
+        return list(_rows(self.path / "metrics.csv")) if self.known is None else self.known
 
     @property
     def name(self) -> str:
@@ -85,7 +95,7 @@ def read(path: str | Path) -> Run:
         raise RunError(f"there is no run in '{folder}': {nearest(folder.name, beside)}")
     if commit := read_json(folder / "commit.json"):  # newer than run.json where a run was killed
         info["best"] = commit.get("best")
-    return Run(folder, info, list(_rows(folder / "metrics.csv")))
+    return Run(folder, info)
 
 
 def folders(root: str | Path) -> list[Path]:
@@ -95,6 +105,8 @@ def folders(root: str | Path) -> list[Path]:
 
 
 def _rows(table: Path) -> Iterator[Row]:
+    if not table.parent.exists():
+        raise RunError(f"the run's folder '{table.parent}' is gone, and its numbers with it")
     if not table.exists():
         return
     with table.open(newline="") as lines:

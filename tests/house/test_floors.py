@@ -141,3 +141,10 @@ def test_nothing_is_imported_by_a_string():
         if called.split(".")[-1] in ("import_module", "__import__") and module.name not in IMPORTERS
     ]
     assert not wrong, f"imports by a string: {', '.join(wrong)}"
+
+
+def test_contributors_are_told_of_every_room():
+    """On its floor, in CONTRIBUTING.md."""
+    lines = [line for line in (PACKAGE.parents[1] / "CONTRIBUTING.md").read_text().splitlines() if line[2:3].isdigit()]
+    told = {name.rstrip("/").removesuffix(".py"): int(line[2]) for line in lines for name in line.split("`")[1::2]}
+    assert told == {name: floor for name, floor in FLOOR_OF.items() if any(PACKAGE.glob(f"{name}*"))}

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from koinon import provision as trust
-from koinon.operate.words import show
 from koinon.provision import poc as proof
 from koinon.site.kit import open_kit
 from koinon.tracking import read
@@ -330,9 +329,3 @@ def test_a_site_may_keep_its_own_key(koinon, here):
     for request, words in {"no.pem": "request", "missing.pem": "there is no request 'missing.pem'"}.items():
         said = koinon("provision", "project.toml", "--sign", request)
         assert (said.code, said.err.count("\n")) == (1, 1) and words in said.err
-
-
-def test_what_a_stranger_wrote_is_no_markup(capsys):
-    """Neither a reason for which a job failed nor a site's trouble is taken for a style, or ends the listing."""
-    show([{"id": "one", "reason": "[data] train is [/gone]"}], as_json=False)
-    assert "[data] train is [/gone]" in capsys.readouterr().out

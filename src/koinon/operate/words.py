@@ -83,7 +83,7 @@ def listed(key: str, value: Any, depth: int = 1) -> None:
 
 def words(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return f"{value:,.0f}" if 1e4 <= abs(value) < 1e15 else f"{value:.4g}"
     if isinstance(value, dict):
         return ", ".join(f"{key} {words(entry)}" for key, entry in value.items())
     if isinstance(value, list):

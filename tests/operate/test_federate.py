@@ -139,6 +139,9 @@ def test_whoever_goes_away_leaves_the_job_running(koinon, kit, process, here):
     assert child.returncode == 130, err
     assert err.startswith(f"job '{job}' goes on without you: `koinon fetch {job} --kit")
     assert not (here / "runs").exists()
+    part = koinon("fetch", job, "--kit", kit, "--out", "part")
+    assert (part.last, submitted(koinon, kit)["state"]) == ("part", "running")
+    assert part.err == f"job '{job}' goes on: this is what it has committed so far\n"
     while submitted(koinon, kit)["state"] == "running":
         time.sleep(0.1)
     assert submitted(koinon, kit)["state"] == "finished"

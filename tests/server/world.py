@@ -10,6 +10,7 @@ import json
 import os
 import re
 import signal
+import ssl
 import subprocess
 import sys
 import time
@@ -113,7 +114,7 @@ class World:
         kept = self.lines.pop(who, None)
         try:
             line, response = _asked(kept or self.line(who), method, path, body, headers)
-        except http.client.RemoteDisconnected:
+        except (ConnectionError, ssl.SSLEOFError):
             if not kept:
                 raise
             line, response = _asked(self.line(who), method, path, body, headers)  # it was idle for too long

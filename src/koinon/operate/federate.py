@@ -166,9 +166,12 @@ def fetch(
     if path.exists():
         raise RunError(f"'{path}' exists: name another with --out")
     with closing(afar.linked(kit)) as link:
+        state = link.job(job)["state"]
         afar.fetch(link, job, path)
     if not path.exists():
         raise RunError(f"job '{job}' has left nothing yet: `koinon jobs --kit {kit}` says how it is")
+    if state == "running":
+        typer.echo(f"job '{job}' goes on: this is what it has committed so far", err=True)
     typer.echo(path)
 
 

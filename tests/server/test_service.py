@@ -96,7 +96,7 @@ def test_what_ails_a_site_is_told(world: World):
     for _ in range(2):
         world.poll("b", troubles={"j": "no room\n2026-01-01 ERROR forged"})
     told = world.log.read_bytes()[before:].decode()
-    assert told.count("site 'b' cannot go on with job 'j' for now: 'no room\\n2026") == 1 and "\n2026-01-01" not in told
+    assert told.count("site 'b' cannot go on for now: {'j': 'no room\\n2026") == 1 and "\n2026-01-01" not in told
     assert trouble().startswith("no room")
     world.poll("b")
     assert trouble() == ""

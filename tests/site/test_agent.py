@@ -128,6 +128,18 @@ def test_the_model_is_read_only(parts):
         assert kept["kept"]["head"].tolist() == [3, 3]
 
 
+def test_the_dict_is_the_executors_own():
+    """What it puts there is no part of what the change is taken from, nor of what the next site gets."""
+
+    def own(payload, context):
+        payload.arrays["w"] = payload.arrays["w"] + 1
+        return payload
+
+    answers = agent(own).agent.answer(task(), ["north", "south"], {})
+    assert [update.arrays["w"].tolist() for update in answers.updates] == [[1, 1, 1], [1, 1, 1]]
+    assert MODEL["w"].tolist() == [0, 0, 0]
+
+
 def counter(first):
     """A filter whose state is a number."""
 

@@ -215,8 +215,10 @@ class Service:
         understood(poll.version)
         if poll.troubles != self._troubles.get(who.name, {}):
             self._troubles[who.name] = poll.troubles
-            for job, reason in poll.troubles.items():
-                _LOG.warning("site '%s' cannot go on with job %.99r for now: %.999r", who.name, job, reason)
+            if poll.troubles:
+                _LOG.warning("site '%s' cannot go on for now: %.999r", who.name, poll.troubles)
+            else:
+                _LOG.info("site '%s' goes on", who.name)
         began, news = time.monotonic(), self._jobs.news[who.name]
         until = began + min(poll.wait if math.isfinite(poll.wait) else 0, WAIT)
         while True:

@@ -52,14 +52,14 @@ class Agent:
         began, state = time.perf_counter(), states.get(site, {})
         try:
             received = received or self._received(task)
-            if "kept" in state:
-                received = replace(received, arrays={**received.arrays, **tree.read_only(state["kept"])})
+            # An executor may do what it likes with its own dict, and may not with the arrays.
+            model = {**received.arrays, **tree.read_only(state.get("kept", {}))}
             if task.name not in self.workers:
                 raise JobError(f"no executor of this job answers the task '{task.name}'")
             own = {**state.get("own", {})}
             context = Context(task.name, site, task.round, self.data(site), self.seed, own)
-            answer = self.workers[task.name](received, context)
-            payload, states[site] = self._leave(answer, received.arrays, context, state)
+            answer = self.workers[task.name](Payload(received.kind, {**model}, received.values), context)
+            payload, states[site] = self._leave(answer, model, context, state)
         except Exception as error:
             return Result(task.id, site, failure=failed(error), seconds=time.perf_counter() - began)
         return Result(task.id, site, payload, seconds=time.perf_counter() - began)

@@ -133,7 +133,7 @@ def test_the_dict_is_the_executors_own():
 
     def own(payload, context):
         payload.arrays["w"] = payload.arrays["w"] + 1
-        return payload
+        return replace(payload, values={"weight": 1})
 
     answers = agent(own).agent.answer(task(), ["north", "south"], {})
     assert [update.arrays["w"].tolist() for update in answers.updates] == [[1, 1, 1], [1, 1, 1]]

@@ -168,7 +168,7 @@ def forgotten(folder: Path) -> list[Path]:
 def one(arguments: argparse.Namespace, seed: int, kills: int) -> dict[str, Any]:
     """A job from an empty folder to its end; what happened, and the model's bytes."""
     folder = Path(tempfile.mkdtemp(prefix="koinon-chaos-"))
-    settings = {"sites": str(arguments.sites), "rounds": str(arguments.rounds)}
+    settings = {"sites": str(arguments.sites), "rounds": str(arguments.rounds), "memory": str(arguments.memory)}
     order, twins = Order(file=str(JOB), settings=settings, seed=1, on="poc"), []
     names = [f"site-{number}" for number in range(1, arguments.sites + 1)]
     poc.start(folder, names)
@@ -243,6 +243,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--jobs", type=int, default=1, help="at least so many")
     arguments = parser.parse_args()
+    arguments.memory = not arguments.twin
     quiet = argparse.Namespace(**{**vars(arguments), "cut": 0.0, "delay": 0.0, "down": 0.0, "twin": 0})
     still = one(quiet, 0, 0)
     model = still.pop("model")

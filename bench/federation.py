@@ -45,6 +45,7 @@ from koinon.provision import poc
 from koinon.site import bundle
 from koinon.site.kit import open_kit
 from koinon.task.errands import Answer
+from koinon.task.wire import Poll
 from koinon.transport.http import Link
 from koinon.transport.tls import client_context
 
@@ -176,7 +177,7 @@ class Light:
     def run(self) -> None:
         while True:
             try:
-                for asked in self.link.poll({}, [], 20.0).assignments:
+                for asked in self.link.poll(Poll(wait=20.0)).assignments:
                     self.link.fetch(asked.digest, asked.size, self.folder / "payload")
                     self.answer(asked.job, asked.task, asked.name, asked.digest)
             except LinkError:
@@ -239,7 +240,7 @@ def carried(folder: Path, size: int) -> tuple[float, float]:
     admin, job = submitted(folder, 1, size=size // 4, rounds=1)
     rates = []
     while len(rates) < 2:
-        for asked in link.poll({}, [], 20.0).assignments:
+        for asked in link.poll(Poll(wait=20.0)).assignments:
             path = folder / "answer"
             began = time.perf_counter()
             link.fetch(asked.digest, asked.size, folder / "payload")
@@ -305,7 +306,7 @@ def measure_large() -> dict[str, Any]:
         kit = open_kit(folder / "kits" / "site-1")
         link = Link(kit.servers, lambda: client_context(kit))
         submitted(folder, 1, size=1000, rounds=1)
-        asked = link.poll({}, [], 20.0).assignments[0]
+        asked = link.poll(Poll(wait=20.0)).assignments[0]
         began = time.perf_counter()
         link.push(Answer(asked.job, asked.task, asked.digest, digest, source.stat().st_size, 0.0, False), source)
         seconds = time.perf_counter() - began

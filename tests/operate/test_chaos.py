@@ -10,7 +10,7 @@ import koinon
 from koinon.simulate import Here
 
 BENCH = Path(__file__).parents[2] / "bench"
-QUIET = {"cut": 0.0, "delay": 0.0, "down": 0.0, "twin": 0, "pause": 0.4, "sites": 2}
+QUIET = {"cut": 0.0, "delay": 0.0, "down": 0.0, "twin": 0, "pause": 0.4, "sites": 2, "memory": True}
 
 
 def module(name):
@@ -26,7 +26,8 @@ def ends_the_same(here):
 
     def run(rounds, *, kills=0, **misfortunes):
         found = module("chaos").one(argparse.Namespace(**QUIET | misfortunes, rounds=rounds), 1, kills)
-        koinon.simulate(module("chaos_job").job(2, rounds), seed=1, on=Here(1, reproducible=True), out="simulated")
+        job = module("chaos_job").job(2, rounds, memory=misfortunes.get("memory", True))
+        koinon.simulate(job, seed=1, on=Here(1, reproducible=True), out="simulated")
         assert found["state"] == "finished" and found["answers_counted"], found["reason"]
         assert found["model"] == (here / "simulated/last.safetensors").read_bytes()
         assert (found["processes_left"], found["spools_left"]) == (0, 0)
@@ -44,5 +45,5 @@ def test_whatever_is_killed(ends_the_same, kills):
 
 def test_whatever_the_line_does(ends_the_same):
     """30 % of connections cut at a random byte, late pieces, and a site of which there are two."""
-    found = ends_the_same(4, cut=0.3, delay=0.02, twin=1)
+    found = ends_the_same(4, cut=0.3, delay=0.02, twin=1, memory=False)
     assert found["line"]["cut"]

@@ -18,7 +18,7 @@ from koinon.errors import LinkError, Refused, SettingsError
 from koinon.provision import Admin, Project, Server
 from koinon.site.kit import Kit, open_kit
 from koinon.task.errands import Answer
-from koinon.task.wire import Assignment, Orders, Receipt, encode
+from koinon.task.wire import Assignment, Orders, Poll, Receipt, encode
 from koinon.transport import http, route
 from koinon.transport.check import check
 from koinon.transport.http import PIECE, Link
@@ -79,7 +79,7 @@ def test_a_poll_says_what_is_held_and_brings_orders(link: Link, peer: Peer):
     """One connection for any number of them."""
     peer.orders = Orders([Assignment("j", "1-train", "train", 1, DIGEST, len(DATA), DIGEST)], {"j": ["0"]}, ["k"])
     for _ in range(3):
-        assert link.poll({"j": ["0"]}, ["j", "k"], 7.0) == peer.orders
+        assert link.poll(Poll(holding={"j": ["0"]}, jobs=["j", "k"], wait=7.0)) == peer.orders
     assert (peer.poll.holding, peer.poll.jobs, peer.poll.wait) == ({"j": ["0"]}, ["j", "k"], 7.0)
     assert peer.lines == 1
 
@@ -194,10 +194,10 @@ def test_what_the_server_says_is_handed_on(link: Link, peer: Peer, status: int, 
     """Whether trying again helps is in the class; a message of another form does not hide the status."""
     peer.answers = [(status, SAID), (status, b"<html>")]
     with pytest.raises(kind, match=r"^who, and what to do$"):
-        link.poll({}, [], 1)
+        link.poll(Poll(wait=1))
     with pytest.raises(kind, match=rf"localhost:\d+ answered {status}"):
-        link.poll({}, [], 1)
-    assert link.poll({}, [], 1) == Orders()
+        link.poll(Poll(wait=1))
+    assert link.poll(Poll(wait=1)) == Orders()
 
 
 def test_who_is_shut_out_keeps_its_answer(link: Link, peer: Peer, answer):
@@ -212,7 +212,7 @@ def test_no_answer_is_too_strange(link: Link, peer: Peer, text: bytes):
     """A server that speaks of something else is told so."""
     peer.answers = [(200, text)]
     with pytest.raises(Refused, match="no Orders"):
-        link.poll({}, [], 1)
+        link.poll(Poll(wait=1))
 
 
 def test_an_answer_without_end_is_not_read(link: Link, peer: Peer, monkeypatch: pytest.MonkeyPatch):
@@ -225,10 +225,10 @@ def test_an_answer_without_end_is_not_read(link: Link, peer: Peer, monkeypatch: 
 
 def test_a_connection_that_was_closed_while_idle_is_made_anew(link: Link, peer: Peer):
     """Whoever closed it, the call does not notice."""
-    link.poll({}, [], 1)
+    link.poll(Poll(wait=1))
     for line in link._idle:
         line.sock.shutdown(socket.SHUT_RDWR)
-    assert link.poll({}, [], 1) == Orders() and peer.lines == 2
+    assert link.poll(Poll(wait=1)) == Orders() and peer.lines == 2
 
 
 def test_a_server_that_does_not_answer_is_given_up(kit: Kit, monkeypatch: pytest.MonkeyPatch):
@@ -244,7 +244,7 @@ def test_servers_are_tried_in_turn(kit: Kit, peer: Peer):
     """The first that can be reached; if none can, what is wrong with each."""
     closed = f"https://localhost:{free_port()}"
     link = Link([closed, peer.address], lambda: client_context(kit))
-    assert link.poll({}, [], 1) == Orders()
+    assert link.poll(Poll(wait=1)) == Orders()
     link = Link([closed, "https://nowhere.invalid:1"], lambda: client_context(kit))
     with pytest.raises(LinkError, match=r"nobody listens at localhost:\d+.*; the name nowhere.invalid cannot be"):
         link.jobs()
@@ -256,8 +256,8 @@ def test_a_server_that_ails_gives_way_to_the_next(kit: Kit, peer: Peer, kits: Pa
     link = Link([peer.address, second.address], lambda: client_context(kit))
     peer.answers = [(503, SAID)]
     with pytest.raises(LinkError):
-        link.poll({}, [], 1)
-    assert link.poll({}, [], 1) == Orders() and second.asked
+        link.poll(Poll(wait=1))
+    assert link.poll(Poll(wait=1)) == Orders() and second.asked
     second.shutdown()
     second.server_close()
 
@@ -275,7 +275,7 @@ def test_strangers_are_told_apart(kits: Path, kit: Kit, peer: Peer):
     with pytest.raises(LinkError, match=r"does not speak TLS with this kit|was cut"):
         links.jobs()
     links.refresh()
-    assert links.poll({}, [], 1) == Orders()
+    assert links.poll(Poll(wait=1)) == Orders()
 
 
 # -- proxies -------------------------------------------------------------------------------------------------
@@ -337,7 +337,7 @@ def test_a_proxy_lets_through(kit: Kit, peer: Peer, monkeypatch: pytest.MonkeyPa
     with proxy(user) as (port, asked):
         monkeypatch.setenv("https_proxy", f"http://{given}127.0.0.1:{port}")
         link = Link([peer.address], lambda: client_context(kit))
-        assert link.poll({}, [], 1) == link.poll({}, [], 1) == Orders()
+        assert link.poll(Poll(wait=1)) == link.poll(Poll(wait=1)) == Orders()
         assert len(asked) == 1 and asked[0].startswith(f"CONNECT localhost:{peer.server_port} ")
         link.close()
 
@@ -356,7 +356,7 @@ def test_a_proxy_that_does_not(kit: Kit, peer: Peer, monkeypatch: pytest.MonkeyP
     with pytest.raises(LinkError, match=r"nobody listens at the proxy 127\.0\.0\.1:\d+: is https_proxy right"):
         Link([peer.address], lambda: client_context(kit)).jobs()
     monkeypatch.setenv("no_proxy", "example.org,localhost")
-    assert Link([peer.address], lambda: client_context(kit)).poll({}, [], 1) == Orders()
+    assert Link([peer.address], lambda: client_context(kit)).poll(Poll(wait=1)) == Orders()
     monkeypatch.setenv("HTTPS_PROXY", "socks5://ann:secret@h:1")
     monkeypatch.delenv("no_proxy")
     with pytest.raises(SettingsError, match=r"'h:1' is no address such as http"):

@@ -309,7 +309,8 @@ class Service:
         finally:
             if writing:
                 await writing
-            await loop.run_in_executor(None, arrival.add, held)
+            if held:
+                await loop.run_in_executor(None, arrival.add, held)
 
     @asynccontextmanager
     async def _turn(self, owner: str, transport: asyncio.Transport | None) -> AsyncIterator[None]:

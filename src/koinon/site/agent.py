@@ -89,10 +89,7 @@ class Agent:
 
     def _received(self, task: Task) -> Payload:
         """The task's payload, decoded.  Whoever trained in place would be taken for one who learned nothing."""
-        payload = replace(task.payload, arrays=tree.read_only(task.payload.arrays))
-        if self.job.download is NOTHING:
-            return payload
-        decoded = self.job.download.decode(payload)
+        decoded = self.job.download.decode(replace(task.payload, arrays=tree.read_only(task.payload.arrays)))
         return replace(decoded, arrays=tree.read_only(decoded.arrays))
 
     def _at_once(self, task: Task, sites: Sequence[str], states: States, aggregator: Aggregator | None) -> Answers:

@@ -205,8 +205,11 @@ def test_a_job_file_runs_on_a_cluster(tmp_path, cluster):
     (tmp_path / "job.py").write_text(JOB)
     (elsewhere := tmp_path / "elsewhere").mkdir()
     models = set()
-    for on, beside in (("1", "false"), ("ray", "true"), (f"ray://127.0.0.1:{cluster.clients}", "false")):
-        out = f"run-{beside}-{on[-1]}"
+    for out, on, beside in (
+        ("alone", "1", "false"),
+        ("own", "ray", "true"),
+        ("far", f"ray://127.0.0.1:{cluster.clients}", "false"),
+    ):
         done, left = command_line(elsewhere, "--on", on, "--out", out, "--set", f"beside={beside}")
         assert done.returncode == 0, done.stderr
         assert not left

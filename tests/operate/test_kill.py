@@ -24,7 +24,7 @@ Agent.answer = counted
 """
 """A process that kills itself before the n-th site's work."""
 
-CLOCK = {"seconds", "began"}
+CLOCK = {"seconds"}
 
 
 def numbers(run):

@@ -49,6 +49,17 @@ def test_a_payload_survives_the_crossing(arrays, values):
     assert same(back.values, values)
 
 
+NUMBERS = st.floats() | st.floats().map(np.float64) | st.integers(-9, 9)
+SAID = st.dictionaries(st.text(min_size=1, max_size=4) | st.sampled_from(["loss", "weight", "größe", "top 5"]), NUMBERS)
+
+
+@given(st.fixed_dictionaries({"weight": NUMBERS, "metrics": SAID}) | SAID, st.integers(0, 3))
+def test_the_size_of_what_sites_mostly_say(values, arrays):
+    """Numbers by name, which are not written down to be counted: whatever the names and the numbers."""
+    payload = Payload("weight_diff", {str(n): np.zeros((n, 2), np.float32) for n in range(arrays)}, values)
+    assert codec.size(payload) == len(codec.encode(payload))
+
+
 @given(st.dictionaries(NAMES, ARRAYS, max_size=4), st.dictionaries(NAMES, PLAIN, max_size=4))
 def test_a_file_of_a_payload_is_as_its_bytes(tmp_path_factory, arrays, values):
     """Whoever reads one can read the other, and they are as long."""

@@ -22,15 +22,14 @@ def synthetic(
     ceiling = 0.94 - chance.gamma(1.2, 0.03, sites)
     rows, clock = [], 0.5
 
-    def row(round: int, site: str, name: str, value: float) -> None:
-        rows.append(Row(path.name, round, site, name, float(value), clock))
+    def row(round: int, site: str, name: str, value: float, after: float = 0.0) -> None:
+        rows.append(Row(path.name, round, site, name, float(value), clock + after))
 
     for round in range(1, rounds + 1):
         level = 1 - np.exp(-round / 4)
         slow = sizes / 400 * chance.lognormal(0, 0.2, sites) + 0.05
         for site, name in enumerate(names):
-            row(round, name, "began", clock + 0.01 * (site % 7))
-            row(round, name, "seconds", slow[site])
+            row(round, name, "seconds", slow[site], after=slow[site] + 0.01 * (site % 7))
             for what, value in {
                 "bytes_up": 48_600,
                 "bytes_down": 48_700,

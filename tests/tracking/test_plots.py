@@ -169,6 +169,13 @@ def test_large_runs_thin_out(tmp_path: Path):
     assert timed.axes[0].get_ylabel() == "the 40 of 1000 sites that worked longest"
 
 
+def test_a_bar_ends_when_the_answer_came(tmp_path: Path):
+    """It is as long as the site worked."""
+    rows = [Row("r", round, "a", "seconds", 0.5, 2.0 * round) for round in (1, 2)]
+    bars = plots.timeline(Run(tmp_path, {}, rows)).axes[0].collections[0].get_paths()
+    assert [(bar.vertices[:, 0].min(), bar.vertices[:, 0].max()) for bar in bars] == [(1.5, 2.0), (3.5, 4.0)]
+
+
 def test_inline_svg_takes_its_colours_and_font_from_the_page(tmp_path: Path):
     """So one page serves light and dark; no identifier of a group is left to clash."""
     drawn = plots.svg(plots.curves(synthetic(tmp_path, 8, 5)), 'a "picture"')

@@ -43,10 +43,14 @@ def add(state: State, update: Arrays, weight: float) -> State:
         total = {name: np.zeros(array.shape, np.result_type(array, np.float32)) for name, array in update.items()}
         state = {"sum": total, "weight": 0.0, "types": {name: array.dtype.name for name, array in update.items()}}
     for name, array in update.items():
-        total, entries = state["sum"][name].reshape(-1), array.reshape(-1)
+        total = state["sum"][name]
         scale = total.dtype.type(weight)
-        for start in range(0, total.size, PIECE):  # twice as fast as with a temporary of full size
-            piece = total[start : start + PIECE]
+        if total.size <= PIECE:
+            total += array * scale
+            continue
+        whole, entries = total.reshape(-1), array.reshape(-1)
+        for start in range(0, whole.size, PIECE):  # twice as fast as with a temporary of full size
+            piece = whole[start : start + PIECE]
             piece += entries[start : start + PIECE] * scale
     state["weight"] += weight
     return state

@@ -324,8 +324,8 @@ class Federation:
             self._tally["bytes_down"] += bytes_down
         if update.kind == "weight_diff":
             values: dict[str, Any] = {f"train_{key}": value for key, value in update.metrics.items()}
-            values |= {"train_samples": update.weight, "began": self._tracker.now() - update.seconds}
-            values |= {"seconds": update.seconds, "bytes_up": update.bytes, "bytes_down": bytes_down}
+            values["train_samples"], values["seconds"] = update.weight, update.seconds
+            values["bytes_up"], values["bytes_down"] = update.bytes, bytes_down
             self._tracker.emit("result", task.round, update.site, values)
             if self._known.wanted:
                 seconds = update.seconds

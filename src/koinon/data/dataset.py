@@ -138,7 +138,7 @@ class Dataset:
         rows: Array | slice = index
         # Ends as far apart as neighbours' would be are rare enough among others that looking closer costs nothing.
         first, last = (int(index[0]), int(index[-1])) if len(index) else (0, -1)
-        if first + len(index) == last + 1 and (index[1:] - index[:-1] == 1).all():
+        if first + len(index) == last + 1 and (len(index) < 3 or (index[1:] - index[:-1] == 1).all()):
             rows = slice(first, last + 1)
         part = object.__new__(Dataset)  # what was checked once is not checked at every site and round
         vars(part).update(stored=self.stored, scale=self.scale, classes=self.classes, rows=rows, _gathered={})

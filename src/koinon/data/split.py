@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -78,8 +78,7 @@ class Source:
         return Split(self, partition, seed, sites, test, cache)
 
 
-@dataclass(frozen=True)
-class SiteData:
+class SiteData(NamedTuple):
     """What one site holds: its training set, and its held-out set if it has one."""
 
     train: Dataset | None

@@ -138,7 +138,7 @@ def fetch(link: Link, job: str, out: Path) -> None:
 def _here(path: Path, sink: Sink) -> Sink:
     """A sink that is told where the run will be here, not where it is at the server."""
     return lambda event: sink(
-        replace(event, values={**event.values, "run": str(path)}) if event.kind == "start" else event
+        event._replace(values={**event.values, "run": str(path)}) if event.kind == "start" else event
     )
 
 

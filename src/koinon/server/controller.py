@@ -51,7 +51,7 @@ def _run(line: child.Parent, order: dict[str, Any], run: Path) -> None:
     with (run / "events.jsonl").open("a", buffering=1) as events:
 
         def tell(event: Event) -> None:
-            said = {name: getattr(event, name) for name in Event.__slots__}
+            said = event._asdict()
             events.write(json.dumps(said, default=str) + "\n")
 
         last, tracker = opened(folder, model, [tell])

@@ -53,7 +53,9 @@ class Agent:
         try:
             received = received or self._received(task)
             # An executor may do what it likes with its own dict, and may not with the arrays.
-            model = {**received.arrays, **tree.read_only(state.get("kept", {}))}
+            model = {**received.arrays}
+            if "kept" in state:
+                model |= tree.read_only(state["kept"])
             if task.name not in self.workers:
                 raise JobError(f"no executor of this job answers the task '{task.name}'")
             own = {**state.get("own", {})}

@@ -30,7 +30,7 @@ COHORTS, PIECES = 4, 12
 """Cohorts in a piece, at most, where there are so many pieces at least."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Update:
     """One site's answer as a controller sees it: decoded and checked.  Where it was folded, the arrays are gone.
 
@@ -101,7 +101,7 @@ def checked(
             continue
         if aggregator and fold is not None:
             fold = aggregator.add(fold, update.arrays, update.weight)
-            vars(update)["arrays"] = {}  # nobody else has it yet
+            update.arrays = {}
         else:  # whoever made these arrays may write the next site's over them
             update = replace(update, arrays=tree.map(np.copy, update.arrays))
         updates.append(update)
@@ -140,7 +140,7 @@ def numbers(values: Mapping[str, Any]) -> tuple[float, dict[str, float]]:
     weight, metrics = values.get("weight"), values.get("metrics", {})
     if not isinstance(weight, (int, float)) or not math.isfinite(weight) or weight <= 0:
         raise Refusal(f"its weight is {weight!r}: a positive number (of samples) is needed")
-    if not isinstance(metrics, Mapping):
+    if not isinstance(metrics, (dict, Mapping)):
         raise Refusal(f"its metrics are a {type(metrics).__name__}: a mapping of names to numbers is needed")
     if odd := [name for name, value in metrics.items() if not isinstance(value, (int, float))]:
         raise Refusal(f"its metric '{odd[0]}' is {metrics[odd[0]]!r}: a number is needed")

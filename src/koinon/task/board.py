@@ -133,18 +133,19 @@ class Board:
             return "unknown"
         if isinstance(answer, Result) and (answer.payload is None) == (answer.failure is None):
             return "malformed"
-        if any(site in open_task.answered or site in open_task.failed for site in answer.sites):
+        sites = answer.sites
+        if any(site in open_task.answered or site in open_task.failed for site in sites):
             return "duplicate"
-        if any(site not in open_task.waiting and site not in open_task.working for site in answer.sites):
+        if any(site not in open_task.waiting and site not in open_task.working for site in sites):
             return "unknown"
         deadline = open_task.task.deadline
         if deadline is not None and now >= deadline:
             return "late"
-        for site in answer.sites:
+        for site in sites:
             open_task.waiting.pop(site, None)
             open_task.working.pop(site, None)
         open_task.failed |= answer.failures
-        if arrived := [site for site in answer.sites if site not in answer.failures]:
+        if arrived := [site for site in sites if site not in answer.failures]:
             open_task.answered.update(arrived)
             open_task.arrived.append(answer)
         return "accepted"

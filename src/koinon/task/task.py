@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from koinon.payload import Payload
 
@@ -41,8 +42,7 @@ class Failure:
     traceback: str = ""
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(NamedTuple):
     """One site's answer to one task: a payload, or a failure.
 
     Args:

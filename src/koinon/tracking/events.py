@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 FEDERATION = "federation"
 """The site column of what holds for the federation as a whole."""
@@ -17,7 +17,7 @@ Kind: TypeAlias = Literal["start", "round", "result", "refused", "metric", "comm
 """
 start    the run begins           values: run, rounds, sites, seed, resumed (the round it goes on after)
 round    a round begins           values: asked
-result   a site answered          values: its train_ metrics, samples, began, seconds, bytes_up, bytes_down
+result   a site answered          values: its train_ metrics, samples, seconds, bytes_up, bytes_down
 refused  a site's answer does not count   values: reason, traceback
 metric   a model was evaluated    values: metrics such as accuracy and loss, samples
 commit   a round is durable       values: the federation's metrics, seconds, bytes_up, bytes_down, answered, asked
@@ -27,15 +27,14 @@ doing    what takes a while after that    values: message
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(NamedTuple):
     """Something that happened in a run, `time` seconds after its process began."""
 
     kind: Kind
     time: float
     round: int = 0
     site: str = FEDERATION
-    values: Mapping[str, Any] = field(default_factory=dict)
+    values: Mapping[str, Any] = MappingProxyType({})
 
 
 Sink: TypeAlias = Callable[[Event], None]
@@ -43,7 +42,7 @@ Sink: TypeAlias = Callable[[Event], None]
 
 
 BOOKKEEPING = {
-    *("samples", "train_samples", "began", "seconds", "simulated_seconds"),
+    *("samples", "train_samples", "seconds", "simulated_seconds"),
     *("bytes_up", "bytes_down", "answered", "asked", "resumed"),
 }
 """Numbers about the work, not about the model."""

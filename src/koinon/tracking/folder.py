@@ -124,7 +124,7 @@ class Folder:
                 said = event.values.get("traceback") or event.values.get("reason")
                 log.write(f"round {event.round}, site '{event.site}': {said}\n")
         if event.kind in ("result", "metric"):
-            before, after = f"{self._cell},{event.round},{_quoted(event.site)},", f",{round(event.time, 6)}\r\n"
+            before, after = f"{self._cell},{event.round},{_quoted(event.site)},", f",{event.time:.6f}\r\n"
             self._lines += [
                 f"{before}{_quoted(name)},{float(value)!r}{after}"
                 for name, value in event.values.items()

@@ -297,18 +297,18 @@ def gains(run: Run, most: int = 100) -> Figure | None:
 @style()
 def timeline(run: Run, most: int = 40) -> Figure:
     """When each site worked, a bar a round; of more than `most` sites those that worked longest."""
-    began, lasted = sites(run, "began"), sites(run, "seconds")
-    work = {site: sorted(set(rounds) & set(lasted.get(site, {}))) for site, rounds in began.items()}
-    longest = sorted((site for site in work if work[site]), key=lambda site: -sum(lasted[site].values()))[:most]
-    shown = [site for site in work if site in set(longest)]
+    lasted = {site: rounds for site, rounds in sites(run, "seconds").items() if rounds}
+    ended = {(row.site, row.round): row.time for row in run.rows if row.name == "seconds"}
+    longest = set(sorted(lasted, key=lambda site: -sum(lasted[site].values()))[:most])
+    shown = [site for site in lasted if site in longest]
     if not shown:
         return _nothing("no site's work was timed")
-    rounds = sorted({round for site in shown for round in work[site]})[-max(1200 // len(shown), 1) :]
+    rounds = sorted({round for site in shown for round in lasted[site]})[-max(1200 // len(shown), 1) :]
     figure = _figure(9.2, min(1.1 + 0.24 * len(shown), 8))
     axes = figure.subplots()
     for row, site in enumerate(shown):
-        kept = [round for round in work[site] if round >= rounds[0]]
-        spans = [(began[site][round], lasted[site][round]) for round in kept]
+        kept = [round for round in lasted[site] if round >= rounds[0]]
+        spans = [(ended[site, round] - lasted[site][round], lasted[site][round]) for round in kept]
         # Two shades in turn tell one round from the next.
         shades = [BLUE if round % 2 else PALE for round in kept]
         axes.broken_barh(spans, (row - 0.32, 0.64), facecolors=shades, linewidth=0)
@@ -317,7 +317,9 @@ def timeline(run: Run, most: int = 40) -> Figure:
     axes.grid(axis="y", visible=False)
     last = "" if rounds[0] <= 1 else f", from round {rounds[0]}"
     axes.set_xlabel(f"seconds since the run began{last}")
-    _names(axes.yaxis, shown, 40, f"the {most} of {len(work)} sites that worked longest" if len(work) > most else "")
+    _names(
+        axes.yaxis, shown, 40, f"the {most} of {len(lasted)} sites that worked longest" if len(lasted) > most else ""
+    )
     return figure
 
 

@@ -250,7 +250,7 @@ def _partition(run: Run) -> str:
 
 
 def _timeline(run: Run) -> str:
-    if not plots.final(run, "began"):
+    if not plots.final(run, "seconds"):
         return ""
     says = "A bar is a site's training in one round, in two shades in turn. The others wait for the longest."
     return _section("Who worked when", says, plots.svg(plots.timeline(run), "when each site worked"))

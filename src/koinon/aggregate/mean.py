@@ -44,14 +44,16 @@ def add(state: State, update: Arrays, weight: float) -> State:
         state = {"sum": total, "weight": 0.0, "types": {name: array.dtype.name for name, array in update.items()}}
     for name, array in update.items():
         total = state["sum"][name]
-        scale = total.dtype.type(weight)
-        if total.size <= PIECE:
-            total += array * scale
-            continue
-        whole, entries = total.reshape(-1), array.reshape(-1)
-        for start in range(0, whole.size, PIECE):  # twice as fast as with a temporary of full size
-            piece = whole[start : start + PIECE]
-            piece += entries[start : start + PIECE] * scale
+        if weight == 1.0:
+            total += array
+        elif total.size <= PIECE:
+            total += array * total.dtype.type(weight)
+        else:
+            scale = total.dtype.type(weight)
+            whole, entries = total.reshape(-1), array.reshape(-1)
+            for start in range(0, whole.size, PIECE):  # twice as fast as with a temporary of full size
+                piece = whole[start : start + PIECE]
+                piece += entries[start : start + PIECE] * scale
     state["weight"] += weight
     return state
 

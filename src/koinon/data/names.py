@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import overload
 
 import numpy as np
@@ -51,16 +51,15 @@ class Names(Sequence[str]):
 
     def index(self, name: str, start: int = 0, stop: int | None = None) -> int:
         """The position of a name."""
-        try:
-            if self.values is None:
-                number = int(name.removeprefix("site-")) - 1
-            else:
+        number = -1
+        if self.values is None:
+            number = _number(name)
+        else:
+            with contextlib.suppress(ValueError, OverflowError):
                 place = int(np.searchsorted(self.values, self.values.dtype.type(name), sorter=self._order))
-                number = int(self._order[min(place, self.size - 1)])
-        except (ValueError, OverflowError):
-            number = -1
-        # Only one text is a name: 'site-01' is nobody.
-        if number not in range(self.size)[start:stop] or self[number] != name:
+                nearest = int(self._order[min(place, self.size - 1)])
+                number = nearest if self[nearest] == name else -1
+        if not 0 <= number < self.size or ((start, stop) != (0, None) and number not in range(self.size)[start:stop]):
             raise ValueError(f"'{name}' is not one of '{self[0]}' .. '{self[-1]}'")
         return number
 
@@ -68,3 +67,16 @@ class Names(Sequence[str]):
     def _order(self) -> Array:
         assert self.values is not None
         return np.argsort(self.values)
+
+
+@lru_cache(maxsize=1 << 12)
+def _number(name: str) -> int:
+    """Which site of all without values this is, from 0; -1 if none: only one text is a name, and 'site-01' is nobody.
+
+    A round asks for each of its sites several times.
+    """
+    try:
+        number = int(name.removeprefix("site-")) - 1
+    except ValueError:
+        return -1
+    return number if name == f"site-{number + 1}" else -1

@@ -39,16 +39,16 @@ class Function:
         try:
             *models, weight, metrics = answer
             weight, metrics = float(weight), {str(name): float(value) for name, value in metrics.items()}
-            arrays = [{name: np.asarray(array) for name, array in model.items()} for model in models]
-            if len(arrays) > 1:
+            if len(models) > 1:
                 raise ValueError("one model is enough")
+            arrays = {name: np.asarray(array) for name, array in models[0].items()} if models else {}
         except (TypeError, ValueError, AttributeError) as cause:
             raise PayloadError(
                 f"'{self.function.__name__}' returned {type(answer).__name__}; a task function returns "
                 "(model, samples, metrics), or (samples, metrics) where there is no model to send"
             ) from cause
         values = {"weight": weight, "metrics": metrics}
-        return Payload("weights", arrays[0], values) if arrays else Payload("metrics", {}, values)
+        return Payload("weights" if models else "metrics", arrays, values)
 
 
 def task(name: str) -> Callable[[Callable[..., Any]], Function]:

@@ -82,11 +82,13 @@ def nothing(repeats: int) -> None:
     def train(model, data, context):
         return model, len(data), {}
 
-    zeros = {"x": np.zeros((1000, 2), np.float32), "y": np.zeros(1000, np.int64)}
-    split = koinon.data.arrays(zeros, test=None).split(koinon.iid(), sites=1000)
     model = {"weight": np.zeros((784, 128), np.float32), "bias": np.zeros(128, np.float32)}
-    seconds = timed(koinon.Job(koinon.FedAvg(rounds=5 * repeats), train, model=model, data=split), on=1)
-    tell("no training", microseconds_a_client=round(1e3 * statistics.median(seconds)), least=round(1e3 * min(seconds)))
+    for samples in (1, 20):  # what weighs one is not multiplied
+        zeros = {"x": np.zeros((1000 * samples, 2), np.float32), "y": np.zeros(1000 * samples, np.int64)}
+        split = koinon.data.arrays(zeros, test=None).split(koinon.iid(), sites=1000)
+        seconds = timed(koinon.Job(koinon.FedAvg(rounds=5 * repeats), train, model=model, data=split), on=1)
+        middle, least = (round(1e3 * of(seconds)) for of in (statistics.median, min))
+        tell("no training", samples_a_site=samples, microseconds_a_client=middle, least=least)
 
 
 def floors(repeats: int) -> None:

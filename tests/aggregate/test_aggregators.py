@@ -77,6 +77,24 @@ def test_the_mean_equals_numpys_average(pairs):
     assert rule.finish(state)["w"] == pytest.approx(np.full(3, np.average(values, weights=weights)), abs=1e-9)
 
 
+@given(st.lists(st.lists(st.tuples(st.integers(-9, 9), st.sampled_from([0.5, 1, 20, 30])), max_size=4), min_size=1))
+def test_the_mean_of_folds_made_apart_is_that_of_all(parts):
+    """Exactly, where the numbers are small: as long as all weigh the same, nothing is multiplied; then all of it is."""
+    rule = koinon.mean()
+    folded, at_once = rule.init(), rule.init()
+    for part in parts:
+        fold = rule.init()
+        for value, weight in part:
+            update = {"w": np.array([value], np.float32), "scalar": np.array(value, np.float32)}
+            fold, at_once = rule.add(fold, update, weight), rule.add(at_once, update, weight)
+        folded = rule.merge(folded, fold)
+    if pairs := [pair for part in parts for pair in part]:
+        mean = np.float32(sum(value * weight for value, weight in pairs)) / sum(weight for _, weight in pairs)
+        for state in (folded, at_once):
+            assert rule.finish(state) == {"w": pytest.approx([mean], rel=1e-6), "scalar": pytest.approx(mean, rel=1e-6)}
+        assert rule.finish(folded) == rule.finish(at_once)
+
+
 def test_the_mean_of_half_precision_does_not_overflow():
     """65,504 is the largest half; the sum is taken in single precision."""
     rule = koinon.mean()

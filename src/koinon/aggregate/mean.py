@@ -34,17 +34,26 @@ def mean(*, weighted: bool = True) -> Aggregator:
 
 def init() -> State:
     """A sum of nothing."""
-    return {"sum": {}, "weight": 0.0, "types": {}}
+    return {"sum": {}, "unit": 1.0, "weight": 0.0, "types": {}}
 
 
 def add(state: State, update: Arrays, weight: float) -> State:
-    """Add `weight * update` to the sum, in place."""
+    """Add `weight * update` to `unit * sum`, in place.
+
+    As long as all weigh the same, and more than one (or the sum might overflow), that is the unit: then there is
+    nothing to multiply.
+    """
     if not state["sum"]:
         total = {name: np.zeros(array.shape, np.result_type(array, np.float32)) for name, array in update.items()}
-        state = {"sum": total, "weight": 0.0, "types": {name: array.dtype.name for name, array in update.items()}}
+        types = {name: array.dtype.name for name, array in update.items()}
+        state = {"sum": total, "unit": max(weight, 1.0), "weight": 0.0, "types": types}
+    if state["unit"] not in (1.0, weight):
+        for total in state["sum"].values():
+            total *= state["unit"]
+        state["unit"] = 1.0
     for name, array in update.items():
         total = state["sum"][name]
-        if weight == 1.0:
+        if weight == state["unit"]:
             total += array
         elif total.size <= PIECE:
             total += array * total.dtype.type(weight)
@@ -66,14 +75,18 @@ def merge(left: State, right: State) -> State:
     """Add the right sum to the left one, in place."""
     if not left["sum"] or not right["sum"]:
         return left if left["sum"] else right
+    unit = left["unit"] if left["unit"] == right["unit"] else 1.0
     for name, total in left["sum"].items():
-        np.add(total, right["sum"][name], out=total)
-    return {**left, "weight": left["weight"] + right["weight"]}
+        if left["unit"] != unit:
+            total *= left["unit"]
+        other = right["sum"][name]
+        np.add(total, other if right["unit"] == unit else other * right["unit"], out=total)
+    return {**left, "unit": unit, "weight": left["weight"] + right["weight"]}
 
 
 def finish(state: State) -> Arrays:
     """The sum divided by the weight, in the updates' own types."""
-    weight, types = state["weight"], state["types"]
+    weight, types = state["weight"] / state["unit"], state["types"]
     return {name: np.asarray(total / weight, types[name]) for name, total in state["sum"].items()}
 
 

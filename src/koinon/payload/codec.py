@@ -114,6 +114,7 @@ def size(payload: Payload) -> int:
 
 
 def _size(payload: Payload) -> int:
+    """The same of any payload."""
     head, arrays = _laid_out(vars(payload))
     return len(head) + sum(array.nbytes for array in arrays)
 

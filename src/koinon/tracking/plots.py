@@ -317,9 +317,8 @@ def timeline(run: Run, most: int = 40) -> Figure:
     axes.grid(axis="y", visible=False)
     last = "" if rounds[0] <= 1 else f", from round {rounds[0]}"
     axes.set_xlabel(f"seconds since the run began{last}")
-    _names(
-        axes.yaxis, shown, 40, f"the {most} of {len(lasted)} sites that worked longest" if len(lasted) > most else ""
-    )
+    thinned = f"the {most} of {len(lasted)} sites that worked longest" if len(lasted) > most else ""
+    _names(axes.yaxis, shown, 40, thinned)
     return figure
 
 

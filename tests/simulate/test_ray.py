@@ -287,9 +287,7 @@ def test_a_cluster_without_room_is_named(tmp_path, second, monkeypatch):
     ray.get(other.arrive.remote([]))
     with monkeypatch.context() as hurried:
         hurried.setattr(engine, "PATIENCE", 10.0)
-        with pytest.raises(
-            RunError, match=r"no room for 10 s for . of 2 workers of 1 CPUs .* see with `ray status` who"
-        ):
+        with pytest.raises(RunError, match=r"no room for 10 s for . of 2 workers of 1 CPUs .* `ray status` who"):
             run(tmp_path / "busy", job(), koinon.ray(workers=2))
     ray.kill(other)
     run(tmp_path / "free", job(), koinon.ray(workers=2))
@@ -311,11 +309,11 @@ def test_a_node_that_dies_costs_its_chunk(tmp_path, second):
 
 def test_the_last_node_that_dies_ends_the_run(tmp_path, cluster, monkeypatch):
     """Nobody waits for ever for another; the run folder keeps the last commit."""
-    monkeypatch.setattr(engine, "PATIENCE", 10.0)
+    monkeypatch.setattr(engine, "PATIENCE", 20.0)
     (marks := tmp_path / "marks").mkdir()
     last = cluster.add("--num-cpus=1", "--num-gpus=2")
     dying = job(executors.loses_its_node(last, marks, round=2))
-    with pytest.raises(RunError, match="no room for 10 s for 1 of 1 workers of 0 CPUs and 2 GPUs"):
+    with pytest.raises(RunError, match="no room for 20 s for 1 of 1 workers of 0 CPUs and 2 GPUs"):
         run(tmp_path, dying, koinon.ray(cpus=0, gpus=2))
     (folder,) = tmp_path.glob("run-*")
     assert koinon.tracking.read(folder).info["state"] == "failed"

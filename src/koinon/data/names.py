@@ -56,17 +56,19 @@ class Names(Sequence[str]):
             number = _number(name)
         else:
             with contextlib.suppress(ValueError, OverflowError):
-                place = int(np.searchsorted(self.values, self.values.dtype.type(name), sorter=self._order))
-                nearest = int(self._order[min(place, self.size - 1)])
+                ordered, places = self._ordered
+                nearest = int(places[min(int(ordered.searchsorted(ordered.dtype.type(name))), self.size - 1)])
                 number = nearest if self[nearest] == name else -1
         if not 0 <= number < self.size or ((start, stop) != (0, None) and number not in range(self.size)[start:stop]):
             raise ValueError(f"'{name}' is not one of '{self[0]}' .. '{self[-1]}'")
         return number
 
     @cached_property
-    def _order(self) -> Array:
+    def _ordered(self) -> tuple[Array, Array]:
+        """The values in order, and where each of them stands."""
         assert self.values is not None
-        return np.argsort(self.values)
+        places = np.argsort(self.values)
+        return self.values[places], places
 
 
 @lru_cache(maxsize=1 << 12)

@@ -83,12 +83,13 @@ def nothing(repeats: int) -> None:
         return model, len(data), {}
 
     model = {"weight": np.zeros((784, 128), np.float32), "bias": np.zeros(128, np.float32)}
-    for samples in (1, 20):  # what weighs one is not multiplied
-        zeros = {"x": np.zeros((1000 * samples, 2), np.float32), "y": np.zeros(1000 * samples, np.int64)}
-        split = koinon.data.arrays(zeros, test=None).split(koinon.iid(), sites=1000)
+    zeros = {"x": np.zeros((20_000, 2), np.float32), "y": np.zeros(20_000, np.int64)}
+    for name in ("equal", "log-normal"):  # updates that weigh the same need no product each
+        sizes = koinon.iid(sizes=eval(f"koinon.{SIZES[name]}"))
+        split = koinon.data.arrays(zeros, test=None).split(sizes, sites=1000, cache=False)
         seconds = timed(koinon.Job(koinon.FedAvg(rounds=5 * repeats), train, model=model, data=split), on=1)
         middle, least = (round(1e3 * of(seconds)) for of in (statistics.median, min))
-        tell("no training", samples_a_site=samples, microseconds_a_client=middle, least=least)
+        tell("no training", sizes=name, microseconds_a_client=middle, least=least)
 
 
 def floors(repeats: int) -> None:

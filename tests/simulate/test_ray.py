@@ -286,8 +286,10 @@ def test_a_cluster_without_room_is_named(tmp_path, second, monkeypatch):
     other = ray.remote(engine._Worker).options(num_cpus=1).remote()
     ray.get(other.arrive.remote([]))
     with monkeypatch.context() as hurried:
-        hurried.setattr(engine, "PATIENCE", 10.0)
-        with pytest.raises(RunError, match=r"no room for 10 s for . of 2 workers of 1 CPUs .* `ray status` who"):
+        hurried.setattr(engine, "PATIENCE", 20.0)
+        with pytest.raises(
+            RunError, match=r"no room for 20 s for 1 of 2 workers of 1 CPUs .* see with `ray status` who"
+        ):
             run(tmp_path / "busy", job(), koinon.ray(workers=2))
     ray.kill(other)
     run(tmp_path / "free", job(), koinon.ray(workers=2))

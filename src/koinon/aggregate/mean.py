@@ -52,17 +52,14 @@ def add(state: State, update: Arrays, weight: float) -> State:
             total *= state["unit"]
         state["unit"] = 1.0
     for name, array in update.items():
-        total = state["sum"][name]
+        total, entries = state["sum"][name].reshape(-1), array.reshape(-1)
         if weight == state["unit"]:
-            total += array
-        elif total.size <= PIECE:
-            total += array * total.dtype.type(weight)
-        else:
-            scale = total.dtype.type(weight)
-            whole, entries = total.reshape(-1), array.reshape(-1)
-            for start in range(0, whole.size, PIECE):  # twice as fast as with a temporary of full size
-                piece = whole[start : start + PIECE]
-                piece += entries[start : start + PIECE] * scale
+            total += entries
+            continue
+        scale = total.dtype.type(weight)
+        for start in range(0, total.size, PIECE):  # twice as fast as with a temporary of full size
+            piece = total[start : start + PIECE]
+            piece += entries[start : start + PIECE] * scale
     state["weight"] += weight
     return state
 

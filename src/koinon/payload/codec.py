@@ -25,8 +25,6 @@ MARK = "$array"
 WIRE = ("U64", "I64", "F64", "C64", "F32", "U32", "I32", "F16", "U16", "I16", "I8", "U8", "BOOL")
 """The types of arrays that a file may hold, as safetensors calls them, and in its order: the widest first."""
 
-_PLAIN = (float, int, str, bool, type(None))
-
 _json = partial(json.dumps, separators=(",", ":"), ensure_ascii=False)
 
 MAX_BYTES = 16 << 30
@@ -198,21 +196,17 @@ def _table(arrays: tuple[tuple[str, np.dtype, tuple[int, ...]], ...]) -> tuple[s
 
 def _flatten(tree: Any, path: str, arrays: dict[str, np.ndarray]) -> Plain:
     """The tree with a mark in place of each array; the arrays go into `arrays` under their paths."""
-    if isinstance(tree, _PLAIN):
+    if tree is None or isinstance(tree, (bool, int, float, str)):
         return tree
     if isinstance(tree, np.ndarray):
         if path in arrays:
             raise PayloadError(f"two arrays have the path '{path}'")
         arrays[path] = tree if tree.dtype.isnative else tree.astype(tree.dtype.newbyteorder("="))
         return {MARK: path}
-    if isinstance(tree, (dict, Mapping)):  # the abstract one alone takes longer to say so
-        flat: dict[str, Plain] = {}
-        for key, value in tree.items():
-            if key == MARK or not isinstance(key, str):
-                raise PayloadError(f"'{path}' has a key that may not cross: keys are strings other than '{MARK}'")
-            plain = isinstance(value, _PLAIN)
-            flat[key] = value if plain else _flatten(value, f"{path}/{key}" if path else key, arrays)
-        return flat
+    if isinstance(tree, Mapping):
+        if MARK in tree or not all(isinstance(key, str) for key in tree):
+            raise PayloadError(f"'{path}' has a key that may not cross: keys are strings other than '{MARK}'")
+        return {key: _flatten(value, f"{path}/{key}" if path else key, arrays) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
         return [_flatten(value, f"{path}/{index}", arrays) for index, value in enumerate(tree)]
     if isinstance(tree, np.generic):

@@ -51,8 +51,7 @@ def _run(line: child.Parent, order: dict[str, Any], run: Path) -> None:
     with (run / "events.jsonl").open("a", buffering=1) as events:
 
         def tell(event: Event) -> None:
-            said = event._asdict()
-            events.write(json.dumps(said, default=str) + "\n")
+            events.write(json.dumps(event._asdict(), default=str) + "\n")
 
         last, tracker = opened(folder, model, [tell])
         try:

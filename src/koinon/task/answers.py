@@ -140,7 +140,7 @@ def numbers(values: Mapping[str, Any]) -> tuple[float, dict[str, float]]:
     weight, metrics = values.get("weight"), values.get("metrics", {})
     if not isinstance(weight, (int, float)) or not math.isfinite(weight) or weight <= 0:
         raise Refusal(f"its weight is {weight!r}: a positive number (of samples) is needed")
-    if not isinstance(metrics, (dict, Mapping)):
+    if not isinstance(metrics, Mapping):
         raise Refusal(f"its metrics are a {type(metrics).__name__}: a mapping of names to numbers is needed")
     if odd := [name for name, value in metrics.items() if not isinstance(value, (int, float))]:
         raise Refusal(f"its metric '{odd[0]}' is {metrics[odd[0]]!r}: a number is needed")

@@ -237,8 +237,7 @@ class Federation:
                         answer = checked(self.job, [answer], task=task.id, like=like, aggregator=aggregator)
                         for site, failure in answer.failures.items():
                             self.board.refuse(task.id, site, failure.reason)
-                    for update in answer.updates:
-                        self._count(task, update)
+                    self._count(task, answer.updates)
                     if answer.warning:
                         self._tracker.emit("warning", task.round, values={"message": answer.warning})
                     yield answer
@@ -312,27 +311,29 @@ class Federation:
             self._sent = _Sent(version, model, payload, codec.size(payload), expected(self.job, model))
         return self._sent
 
-    def _count(self, task: Task, update: Update) -> None:
-        """Note what an answer says and what it cost."""
-        sent = self._out[task.id]
-        asked = self._silent[task.id].pop(update.site)
-        # A site fetches a given model once; what the server does at home crosses nothing.
-        bytes_down = 0 if self._held.get(update.site) == sent.version else sent.size
-        self._held[update.site] = sent.version
-        if update.site != SERVER:
-            self._tally["bytes_up"] += update.bytes
-            self._tally["bytes_down"] += bytes_down
-        if update.kind == "weight_diff":
+    def _count(self, task: Task, updates: Sequence[Update]) -> None:
+        """Note what answers say and what they cost."""
+        sent, silent, tally = self._out[task.id], self._silent[task.id], self._tally
+        for update in updates:
+            site, asked = update.site, silent.pop(update.site)
+            # A site fetches a given model once; what the server does at home crosses nothing.
+            bytes_down = 0 if self._held.get(site) == sent.version else sent.size
+            self._held[site] = sent.version
+            if site != SERVER:
+                tally["bytes_up"] += update.bytes
+                tally["bytes_down"] += bytes_down
+            if update.kind != "weight_diff":
+                continue
             values: dict[str, Any] = {f"train_{key}": value for key, value in update.metrics.items()}
             values["train_samples"], values["seconds"] = update.weight, update.seconds
             values["bytes_up"], values["bytes_down"] = update.bytes, bytes_down
-            self._tracker.emit("result", task.round, update.site, values)
+            self._tracker.emit("result", task.round, site, values)
             if self._known.wanted:
                 seconds = update.seconds
                 if getattr(self._transport, "clock", None) is not None:
-                    seconds = cast(Any, self._transport).moment(task, update.site) - asked
+                    seconds = cast(Any, self._transport).moment(task, site) - asked
                 loss = update.metrics.get("loss", math.nan)
-                self._known.note(update.site, samples=update.weight, loss=loss, seconds=seconds)
+                self._known.note(site, samples=update.weight, loss=loss, seconds=seconds)
 
     def _evaluate(self, model: Arrays) -> dict[str, float]:
         """The model's metrics over all held-out samples, and each evaluator's own in the table."""

@@ -28,8 +28,7 @@ class Dataset:
         stored: column name -> array [samples, ...].
         scale: column name -> (a, b).
         classes: what the integers in `y` stand for, by position, where they have names.
-        rows: the positions that belong to this dataset, a slice of neighbours (start and stop only) or int [n];
-            None: all.
+        rows: the positions that belong to this dataset, int [n]; None: all.
 
     Raises:
         DataError: the columns are not of equal length, or hold Python objects.
@@ -42,7 +41,7 @@ class Dataset:
     stored: Mapping[str, Array]
     scale: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     classes: tuple[str, ...] | None = None
-    rows: Array | slice | None = None
+    rows: Array | None = None
 
     def __post_init__(self) -> None:
         arrays = {str(name): np.asarray(column) for name, column in self.stored.items()}
@@ -64,8 +63,6 @@ class Dataset:
         return tuple(self.stored)
 
     def __len__(self) -> int:
-        if isinstance(self.rows, slice):
-            return int(self.rows.stop - self.rows.start)
         return len(next(iter(self.stored.values())) if self.rows is None else self.rows)
 
     def __reduce__(self) -> tuple[Any, ...]:  # a part travels without the whole
@@ -86,9 +83,12 @@ class Dataset:
             return self.stored[name]
         gathered: dict[str, Array] = vars(self)["_gathered"]
         if name not in gathered:
-            whole = self.stored[name]
-            gathered[name] = whole[self.rows] if isinstance(self.rows, slice) else whole.take(self.rows, axis=0)
-            gathered[name].flags.writeable = not isinstance(self.rows, slice)
+            whole, rows = self.stored[name], self.rows
+            first, last = (int(rows[0]), int(rows[-1])) if len(rows) else (0, -1)
+            # Ends as far apart as neighbours' would be are rare enough among others that looking closer costs nothing.
+            near = first + len(rows) == last + 1 and bool((rows[1:] - rows[:-1] == 1).all())
+            gathered[name] = whole[first : last + 1] if near else whole.take(rows, axis=0)
+            gathered[name].flags.writeable = not near
         return gathered[name]
 
     def whole(self) -> dict[str, Array]:
@@ -131,15 +131,7 @@ class Dataset:
 
     def part(self, index: Array) -> Dataset:
         """`take` of positions known to be good, int [n] in 0..len - 1."""
-        if isinstance(self.rows, slice):
-            index = index + self.rows.start
-        elif self.rows is not None:
-            index = self.rows[index]
-        rows: Array | slice = index
-        # Ends as far apart as neighbours' would be are rare enough among others that looking closer costs nothing.
-        first, last = (int(index[0]), int(index[-1])) if len(index) else (0, -1)
-        if first + len(index) == last + 1 and (len(index) < 3 or (index[1:] - index[:-1] == 1).all()):
-            rows = slice(first, last + 1)
+        rows = index if self.rows is None else self.rows[index]
         part = object.__new__(Dataset)  # what was checked once is not checked at every site and round
         vars(part).update(stored=self.stored, scale=self.scale, classes=self.classes, rows=rows, _gathered={})
         return part

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 
@@ -55,20 +56,23 @@ class Names(Sequence[str]):
         if self.values is None:
             number = _number(name)
         else:
-            with contextlib.suppress(ValueError, OverflowError):
-                ordered, places = self._ordered
-                nearest = int(places[min(int(ordered.searchsorted(ordered.dtype.type(name))), self.size - 1)])
-                number = nearest if self[nearest] == name else -1
+            read, ordered, places = self._ordered
+            with contextlib.suppress(ValueError):
+                nearest = bisect_left(ordered, read(name))
+                number = places[nearest] if nearest < self.size and str(ordered[nearest]) == name else -1
         if not 0 <= number < self.size or ((start, stop) != (0, None) and number not in range(self.size)[start:stop]):
             raise ValueError(f"'{name}' is not one of '{self[0]}' .. '{self[-1]}'")
         return number
 
     @cached_property
-    def _ordered(self) -> tuple[Array, Array]:
-        """The values in order, and where each of them stands."""
+    def _ordered(self) -> tuple[Callable[[str], Any], Any, Any]:
+        """What a name is compared as, the values in order, and where each stands; numbers as Python reads them best."""
         assert self.values is not None
         places = np.argsort(self.values)
-        return self.values[places], places
+        ordered, kind = self.values[places], self.values.dtype.kind
+        if kind == "U":
+            return str, ordered, places.data
+        return int, ordered.astype("i8" if kind == "i" else "u8").data, places.data
 
 
 @lru_cache(maxsize=1 << 12)

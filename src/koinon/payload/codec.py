@@ -98,15 +98,14 @@ def size(payload: Payload) -> int:
     for values in mappings:
         said += 0 if values else len("{}")  # otherwise the braces take what the last comma would
         for name, value in values.items():
-            if type(value) is dict:
+            kind, named = type(value), _named(name)
+            if not named or not (kind is dict or kind is int or (kind is float and math.isfinite(value))):
+                return _size(payload)
+            said += named
+            if kind is dict:
                 mappings.append(value)
-            elif type(value) is int or (type(value) is float and math.isfinite(value)):
-                said += len(repr(value))
             else:
-                return _size(payload)
-            if not (type(name) is str and name.isidentifier() and name.isascii()):
-                return _size(payload)
-            said += len(name) + len(r"\"\": , ")  # JSON within JSON
+                said += len(repr(value))
     text, body = _bare(payload.kind, tuple([(name, a.dtype, a.shape) for name, a in payload.arrays.items()]))
     return 8 + -(-(text + said) // 8) * 8 + body
 
@@ -115,6 +114,12 @@ def _size(payload: Payload) -> int:
     """The same of any payload."""
     head, arrays = _laid_out(vars(payload))
     return len(head) + sum(array.nbytes for array in arrays)
+
+
+@lru_cache(maxsize=1 << 10)
+def _named(name: str) -> int:
+    """Bytes of a value's name and what stands around it, in JSON within JSON; 0 if it must be written to be known."""
+    return len(name) + len(r"\"\": , ") if type(name) is str and name.isidentifier() and name.isascii() else 0
 
 
 @lru_cache(maxsize=64)

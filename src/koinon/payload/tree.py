@@ -74,8 +74,9 @@ def mismatch(arrays: Arrays, like: Arrays) -> str | None:
             return f"'{name}' of shape {array.shape}; the global model has {like[name].shape}"
         if array.dtype != like[name].dtype:
             return f"'{name}' of type {array.dtype}; the global model has {like[name].dtype}"
-    missing = [name for name in like if name not in arrays]
-    return f"no '{missing[0]}', which the global model has" if missing else None
+    if len(arrays) == len(like):
+        return None
+    return f"no '{next(name for name in like if name not in arrays)}', which the global model has"
 
 
 def read_only(arrays: Arrays) -> dict[str, np.ndarray]:

@@ -52,14 +52,14 @@ class Agent:
         began, state = time.perf_counter(), states.get(site, {})
         try:
             received = received or self._received(task)
-            # An executor may do what it likes with its own dict, and may not with the arrays.
-            model = {**received.arrays}
+            model = received.arrays
             if "kept" in state:
-                model |= tree.read_only(state["kept"])
+                model = {**model, **tree.read_only(state["kept"])}
             if task.name not in self.workers:
                 raise JobError(f"no executor of this job answers the task '{task.name}'")
             own = {**state.get("own", {})}
             context = Context(task.name, site, task.round, self.data(site), self.seed, own)
+            # An executor may do what it likes with its own dict, and may not with the arrays.
             answer = self.workers[task.name](Payload(received.kind, {**model}, received.values), context)
             payload, states[site] = self._leave(answer, model, context, state)
         except Exception as error:

@@ -127,7 +127,9 @@ def read(job: Job, result: Result, like: Arrays) -> Update:
     if name := tree.finite(payload.arrays):
         raise Refusal(f"its '{name}' holds NaN or infinity. Is the learning rate too high for its data?")
     size = codec.size(result.payload)
-    rest = {name: value for name, value in payload.values.items() if name not in ("weight", "metrics")}
+    rest = {**payload.values}
+    del rest["weight"]
+    rest.pop("metrics", None)
     return Update(result.site, payload.arrays, weight, metrics, payload.kind, size, result.seconds, rest)
 
 
@@ -142,9 +144,12 @@ def numbers(values: Mapping[str, Any]) -> tuple[float, dict[str, float]]:
         raise Refusal(f"its weight is {weight!r}: a positive number (of samples) is needed")
     if not isinstance(metrics, Mapping):
         raise Refusal(f"its metrics are a {type(metrics).__name__}: a mapping of names to numbers is needed")
-    if odd := [name for name, value in metrics.items() if not isinstance(value, (int, float))]:
-        raise Refusal(f"its metric '{odd[0]}' is {metrics[odd[0]]!r}: a number is needed")
-    return float(weight), {str(key): float(value) for key, value in metrics.items()}
+    read = {}
+    for name, value in metrics.items():
+        if not isinstance(value, (int, float)):
+            raise Refusal(f"its metric '{name}' is {value!r}: a number is needed")
+        read[str(name)] = float(value)
+    return float(weight), read
 
 
 def averaged(

@@ -35,7 +35,7 @@ class Function:
         data = context.data.test if held_out else context.data.train
         if data is None:
             raise DataError(f"site '{context.site}' holds no {'held-out' if held_out else 'training'} data")
-        answer = self.function(dict(payload.arrays), data, context)
+        answer = self.function(payload.arrays, data, context)
         try:
             *models, weight, metrics = answer
             weight, metrics = float(weight), {str(name): float(value) for name, value in metrics.items()}

@@ -147,6 +147,4 @@ class Visits:
 
 def _positions(data: Any) -> np.ndarray:
     """Where the samples of a part stand in the columns that it shares."""
-    if data.rows is None:
-        return np.arange(len(data))
-    return np.arange(data.rows.start, data.rows.stop) if isinstance(data.rows, slice) else data.rows
+    return np.arange(len(data)) if data.rows is None else data.rows

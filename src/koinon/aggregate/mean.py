@@ -52,11 +52,11 @@ def add(state: State, update: Arrays, weight: float) -> State:
             total *= state["unit"]
         state["unit"] = 1.0
     for name, array in update.items():
-        total, entries = state["sum"][name].reshape(-1), array.reshape(-1)
+        total = state["sum"][name]
         if weight == state["unit"]:
-            total += entries
+            total += array
             continue
-        scale = total.dtype.type(weight)
+        total, entries, scale = total.reshape(-1), array.reshape(-1), total.dtype.type(weight)
         for start in range(0, total.size, PIECE):  # twice as fast as with a temporary of full size
             piece = total[start : start + PIECE]
             piece += entries[start : start + PIECE] * scale

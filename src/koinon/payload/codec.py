@@ -96,16 +96,17 @@ def size(payload: Payload) -> int:
     """
     said, mappings = 0, [payload.values]
     for values in mappings:
-        said += 0 if values else len("{}")  # otherwise the braces take what the last comma would
-        for name, value in values.items():
-            kind, named = type(value), _named(name)
-            if not named or not (kind is dict or kind is int or (kind is float and math.isfinite(value))):
-                return _size(payload)
-            said += named
-            if kind is dict:
+        if not (names := _around(tuple(values))):
+            return _size(payload)
+        said += names
+        for value in values.values():
+            kind = type(value)
+            if kind is int or (kind is float and math.isfinite(value)):
+                said += len(repr(value))
+            elif kind is dict:
                 mappings.append(value)
             else:
-                said += len(repr(value))
+                return _size(payload)
     text, body = _bare(payload.kind, tuple([(name, a.dtype, a.shape) for name, a in payload.arrays.items()]))
     return 8 + -(-(text + said) // 8) * 8 + body
 
@@ -117,9 +118,11 @@ def _size(payload: Payload) -> int:
 
 
 @lru_cache(maxsize=1 << 10)
-def _named(name: str) -> int:
-    """Bytes of a value's name and what stands around it, in JSON within JSON; 0 if it must be written to be known."""
-    return len(name) + len(r"\"\": , ") if type(name) is str and name.isidentifier() and name.isascii() else 0
+def _around(names: tuple[str, ...]) -> int:
+    """Bytes of a mapping without its values, in JSON within JSON; 0 if it must be written to be known."""
+    if not all(type(name) is str and name.isidentifier() and name.isascii() for name in names):
+        return 0
+    return sum(len(name) + len(r"\"\": , ") for name in names) or len("{}")  # the braces take the last comma's place
 
 
 @lru_cache(maxsize=64)

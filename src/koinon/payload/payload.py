@@ -19,7 +19,7 @@ Kind: TypeAlias = Literal["weights", "weight_diff", "metrics", "statistics"]
 """What a payload holds; a closed list, checked where bytes come in."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Payload:
     """What crosses between server and site.
 

@@ -56,7 +56,6 @@ class Box:
 
     def put(self, value: Any) -> Packed:
         """Write an object's arrays here, in place of what was here before."""
-        carried()
         buffers: list[pickle.PickleBuffer] = []
         stream, places, end = io.BytesIO(), [], 0
         _Pickler(stream, protocol=5, buffer_callback=buffers.append).dump(value)

@@ -23,7 +23,7 @@ from typing import Any, cast
 from koinon.data import Split
 from koinon.errors import JobError, SettingsError
 from koinon.payload import Plain
-from koinon.simulate.box import Box, Packed
+from koinon.simulate.box import Box, Packed, carried
 from koinon.simulate.crew import DEPTH, Crew, Gone, Hand
 from koinon.simulate.nursery import Nursery
 from koinon.simulate.weather import Weather
@@ -137,6 +137,7 @@ class Processes:
         """
         if self._home is None:
             box = Box()
+            carried()
             try:
                 self._home = box, box.put(self._setup)
             except (TypeError, AttributeError, ValueError) as error:  # among them pickle's own

@@ -27,7 +27,7 @@ LINE = "KOINON_LINE"
 """The variable that tells a script its line's number and the folder of its files."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Received(Context):
     """What a script gets: as every executor `task`, `site`, `round`, `data`, `state`, `stream()` and `number()`, and
     the model's `arrays` by name, its own to write on, and the `values` that came along."""

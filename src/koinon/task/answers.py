@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -103,7 +103,7 @@ def checked(
             fold = aggregator.add(fold, update.arrays, update.weight)
             update.arrays = {}
         else:  # whoever made these arrays may write the next site's over them
-            update = replace(update, arrays=tree.map(np.copy, update.arrays))
+            update.arrays = tree.map(np.copy, update.arrays)
         updates.append(update)
     return Answers(task, updates, failures, fold)
 

@@ -17,7 +17,7 @@ from koinon.payload import Arrays, Payload, Plain
 from koinon.streams import number, stream
 
 
-@dataclass(frozen=True)
+@dataclass
 class Context:
     """What an executor is told besides the payload: who and where it is, and what it may touch.
 

@@ -187,14 +187,16 @@ def chunks(sites: Sequence[str], samples: np.ndarray, cohort: int = 1) -> Iterat
         The sites of each piece, the largest sites first, so that nobody has to wait for a long last one.
     """
     order, number, total = np.argsort(-samples, kind="stable"), len(sites), float(samples.sum())
-    most, share, held, cuts = LARGEST, total / SHARES, 0.0, [0]
+    most, share, held, cuts, beside = LARGEST, total / SHARES, 0.0, [0], 1
     if cohort > 1:
         pieces = -(-number // (cohort * min(COHORTS, max(1, number // (PIECES * cohort)))))
         most = -(-number // pieces)
         share = 2 * total / pieces  # a few that hold much are not left to one worker
+        beside = 2  # who holds most takes its many steps anyway, and beside it the next ones' cost little
     for place, index in enumerate(order, start=1):
         held += samples[index]
-        if held >= share or place - cuts[-1] == most or place == number:
+        full = held >= max(share, beside * samples[order[cuts[-1]]])
+        if full or place - cuts[-1] == most or place == number:
             cuts, held = [*cuts, place], 0.0
     for start, end in pairwise(cuts):
         yield [sites[int(index)] for index in order[start:end]]

@@ -156,7 +156,7 @@ class Program:
         halts = Halts([work[index].halt for index in visits.order], self._stacks)
         for visit in visits:
             each = self._step(visit)
-            losses[: visit.sites] += each
+            losses[: visit.sites].add_(each)
             left: Named = {name: stack.gradient for name, stack in self._stacks.items() if stack.gradient is not None}
             if rule.terms:
                 left = memory.apply(left, self._weights(visit.sites), start)

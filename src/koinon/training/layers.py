@@ -92,7 +92,7 @@ class Stack:
 
     def __init__(self, name: str, parameter: Any, size: int) -> None:
         self.name, self.start, self.shape = name, parameter.detach(), parameter.shape
-        self.held = torch.empty(size, *parameter.shape, dtype=parameter.dtype, device=parameter.device)
+        self.held = self._first = torch.empty(size, *parameter.shape, dtype=parameter.dtype, device=parameter.device)
         self.fresh = True
         self.gradient: Any = None
         self.factors: Factors | None = None
@@ -100,11 +100,17 @@ class Stack:
 
     def now(self, sites: int) -> Any:
         """The parameter of the first sites, [sites, ...]."""
-        return self.start.expand(sites, *self.shape) if self.fresh else self.held[:sites]
+        return self.start.expand(sites, *self.shape) if self.fresh else self.first(sites)
+
+    def first(self, sites: int) -> Any:
+        """What is held for the first sites; as long as these are the same, so is the view (each takes its time)."""
+        if self._first.shape[0] != sites:
+            self._first = self.held[:sites]
+        return self._first
 
     def move(self, gradient: Any, rule: Rule) -> None:
         """The step of the first sites."""
-        sites = len(gradient)
+        sites = gradient.shape[0]
         if rule.momentum:
             velocity = self.spare("velocity")[:sites]
             velocity = velocity.zero_() if self.fresh else velocity.mul_(rule.momentum)
@@ -114,24 +120,25 @@ class Stack:
 
     def move_by_product(self, left: Any, right: Any, rule: Rule) -> None:
         """The step for the gradient left @ right, which is added where it belongs without being written down."""
-        sites = len(left)
+        sites = left.shape[0]
         if rule.momentum:
             velocity = self.spare("velocity")[:sites]
             beta = 0.0 if self.fresh else rule.momentum
             self._move(torch.baddbmm(velocity, left, right, beta=beta, alpha=rule.gain, out=velocity), rule)
             return
-        beta, alpha, held = 1 - rule.lr * rule.decay, -rule.lr * rule.gain, self.held[:sites]
+        beta, alpha, held = 1 - rule.lr * rule.decay, -rule.lr * rule.gain, self.first(sites)
         torch.baddbmm(self.now(sites), left, right, beta=beta, alpha=alpha, out=held)
         if rule.pull:
             held.sub_(self.start, alpha=rule.lr * rule.pull)
 
     def _move(self, velocity: Any, rule: Rule) -> None:
         """v <- v + decay w + pull start;  w <- w - lr v.  Of `velocity`, only momentum is written to."""
-        now = self.now(len(velocity))
+        sites = velocity.shape[0]
+        now = self.now(sites)
         for other, factor in ((now, rule.decay), (self.start, rule.pull)):
             if factor:
                 velocity = (velocity.add_ if rule.momentum else velocity.add)(other, alpha=factor)
-        torch.sub(now, velocity, alpha=rule.lr, out=self.held[: len(velocity)])
+        torch.sub(now, velocity, alpha=rule.lr, out=self.first(sites))
 
     def mean_change(self, shares: Any) -> Any:
         """sum_k shares_k (w_k - start): one product; a tensor of the caller's own."""
@@ -245,8 +252,8 @@ class Dense:
             return (y if bias is None else y.add_(bias.now(sites).unsqueeze(1))).view(*x.shape[:-1], -1)
         if weight.fresh:  # all sites' rows against one matrix
             return functional.linear(x, weight.start, None if bias is None else bias.start)
-        turned = weight.held[:sites].transpose(1, 2)
-        y = torch.bmm(rows, turned) if bias is None else torch.baddbmm(bias.held[:sites].unsqueeze(1), rows, turned)
+        turned = weight.first(sites).transpose(1, 2)
+        y = torch.bmm(rows, turned) if bias is None else torch.baddbmm(bias.first(sites).unsqueeze(1), rows, turned)
         return y.view(*x.shape[:-1], -1)
 
     def backward(self, dy: Any, wanted: Sequence[bool]) -> Sequence[Any]:
@@ -259,7 +266,7 @@ class Dense:
             return (None if dx is None else dx.view(*dy.shape[:-1], -1),)
         dx = None
         if wanted[0]:
-            dx = torch.matmul(rows, weight.start if weight.fresh else weight.held[:sites]).view(*dy.shape[:-1], -1)
+            dx = torch.matmul(rows, weight.start if weight.fresh else weight.first(sites)).view(*dy.shape[:-1], -1)
         if self._moment.fused:
             weight.move_by_product(rows.transpose(1, 2), self._x, rule)
         else:
@@ -358,9 +365,9 @@ def layer(part: Any, stacks: Mapping[str, Stack], moment: Moment) -> Operation |
 
 def cross_entropy(outputs: Any, targets: Any, weights: Any) -> tuple[Any, Any]:
     """The loss of each row, and the gradient of their weighted sum by the outputs [rows, classes]."""
-    logs, targets = torch.log_softmax(outputs, 1), targets.unsqueeze(1)
-    each = logs.gather(1, targets).squeeze(1).neg_()
-    gradient = logs.exp_().scatter_(1, targets, -1.0, reduce="add")
+    logs = torch.log_softmax(outputs, 1)
+    each = functional.nll_loss(logs, targets, reduction="none")
+    gradient = logs.exp_().scatter_(1, targets.unsqueeze(1), -1.0, reduce="add")
     return each, gradient.mul_(weights.unsqueeze(1))
 
 

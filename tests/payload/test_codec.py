@@ -60,6 +60,15 @@ def test_the_size_of_what_sites_mostly_say(values, arrays):
     assert codec.size(payload) == len(codec.encode(payload))
 
 
+def test_what_a_stranger_names_is_not_remembered():
+    """Who sends other long names each time fills no memory with them; their size is right all the same."""
+    codec._around.cache_clear()
+    for values in ({"a" * 2000: 1}, {f"n{place}": 1.0 for place in range(400)}, {"top 5": 1}):
+        payload = Payload("weight_diff", {}, values)
+        assert codec.size(payload) == len(codec.encode(payload))
+    assert codec._around.cache_info().currsize == 0
+
+
 @given(st.dictionaries(NAMES, ARRAYS, max_size=4), st.dictionaries(NAMES, PLAIN, max_size=4))
 def test_a_file_of_a_payload_is_as_its_bytes(tmp_path_factory, arrays, values):
     """Whoever reads one can read the other, and they are as long."""

@@ -27,6 +27,9 @@ WIRE = ("U64", "I64", "F64", "C64", "F32", "U32", "I32", "F16", "U16", "I16", "I
 
 _json = partial(json.dumps, separators=(",", ":"), ensure_ascii=False)
 
+LONG = 1 << 10
+"""Characters of all names of a mapping from which on their count is not remembered."""
+
 MAX_BYTES = 16 << 30
 """What `decode` takes before it refuses, unless told otherwise."""
 
@@ -96,9 +99,10 @@ def size(payload: Payload) -> int:
     """
     said, mappings = 0, [payload.values]
     for values in mappings:
-        if not (names := _around(tuple(values))):
+        try:
+            said += _around(tuple(values))
+        except ValueError:
             return _size(payload)
-        said += names
         for value in values.values():
             kind = type(value)
             if kind is int or (kind is float and math.isfinite(value)):
@@ -119,10 +123,15 @@ def _size(payload: Payload) -> int:
 
 @lru_cache(maxsize=1 << 10)
 def _around(names: tuple[str, ...]) -> int:
-    """Bytes of a mapping without its values, in JSON within JSON; 0 if it must be written to be known."""
-    if not all(type(name) is str and name.isidentifier() and name.isascii() for name in names):
-        return 0
-    return sum(len(name) + len(r"\"\": , ") for name in names) or len("{}")  # the braces take the last comma's place
+    """Bytes of a mapping without its values, in JSON within JSON.
+
+    Raises:
+        ValueError: it must be written to be known; or it is long, and a stranger's: what raises is not kept.
+    """
+    plain = all(type(name) is str and name.isidentifier() and name.isascii() for name in names)
+    if not plain or (length := sum(map(len, names))) > LONG:
+        raise ValueError(names)
+    return length + len(r"\"\": , ") * len(names) or len("{}")  # the braces take the last comma's place
 
 
 @lru_cache(maxsize=64)

@@ -137,7 +137,7 @@ class Processes:
         """
         if self._home is None:
             box = Box()
-            carried()
+            carried()  # from now on, in whatever is handed over
             try:
                 self._home = box, box.put(self._setup)
             except (TypeError, AttributeError, ValueError) as error:  # among them pickle's own

@@ -30,6 +30,10 @@ COHORTS, PIECES = 4, 12
 """Cohorts in a piece, at most, where there are so many pieces at least."""
 
 
+NAME = 200
+"""Characters of a metric's name, at most: it stands in every row of the table."""
+
+
 @dataclass
 class Update:
     """One site's answer as a controller sees it: decoded and checked.  Where it was folded, the arrays are gone.
@@ -145,10 +149,12 @@ def numbers(values: Mapping[str, Any]) -> tuple[float, dict[str, float]]:
     if not isinstance(metrics, Mapping):
         raise Refusal(f"its metrics are a {type(metrics).__name__}: a mapping of names to numbers is needed")
     read = {}
-    for name, value in metrics.items():
+    for key, value in metrics.items():
         if not isinstance(value, (int, float)):
-            raise Refusal(f"its metric '{name}' is {value!r}: a number is needed")
-        read[str(name)] = float(value)
+            raise Refusal(f"its metric '{key}' is {value!r}: a number is needed")
+        if len(name := str(key)) > NAME:
+            raise Refusal(f"its metric '{name[:20]}…' has a name of {len(name):,} characters: at most {NAME} are taken")
+        read[name] = float(value)
     return float(weight), read
 
 

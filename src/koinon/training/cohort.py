@@ -105,7 +105,7 @@ class Program:
         for part in (slice(start, start + self.size) for start in range(0, len(work), self.size)):
             with torch.no_grad():
                 visits, _ = self._train([replace(site, halt=None) for site in work[part]], rule, own[part])
-            held = {name: stack.held[: len(visits.order)].cpu().numpy() for name, stack in self._stacks.items()}
+            held = {name: stack.first(len(visits.order)).cpu().numpy() for name, stack in self._stacks.items()}
             places = np.argsort(visits.order)
             ends += [{name: np.array(stacked[place]) for name, stacked in held.items()} for place in places]
         return ends

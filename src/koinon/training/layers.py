@@ -150,8 +150,8 @@ class Stack:
     def changes(self, sites: int) -> Any:
         """w_k - start of the first sites, in place of their weights."""
         if self.factors:
-            return self.factors.changes(self.held[:sites])
-        return self.held[:sites].sub_(self.start)
+            return self.factors.changes(self.first(sites))
+        return self.first(sites).sub_(self.start)
 
     def spare(self, purpose: str) -> Any:
         """Memory of the same shape, made once."""

@@ -15,7 +15,10 @@ import koinon  # noqa: E402
 from koinon.errors import JobError  # noqa: E402
 from koinon.payload import Payload  # noqa: E402
 from koinon.task import Context  # noqa: E402
-from koinon.training.terms import clip_gradient, proximal  # noqa: E402
+from koinon.training.cohort import program  # noqa: E402
+from koinon.training.layers import Rule  # noqa: E402
+from koinon.training.terms import Term, clip_gradient, proximal  # noqa: E402
+from koinon.training.visits import Work  # noqa: E402
 
 nn = torch.nn
 MATRIX = nn.Linear(3, 3)
@@ -261,6 +264,26 @@ def test_steps_instead_of_epochs_and_a_second_cohort():
     worker.together(payload, sites([20, 20, 17], seed=1))
     again = [a.arrays["1.weight"].copy() for a in worker.together(payload, sites([9, 3], seed=2))]
     assert [array.tobytes() for array in again] == [array.tobytes() for array in fresh]
+
+
+def test_a_program_trains_with_a_term_of_ones_own_after_it_has_trained_without():
+    """Where nobody may ask for a gradient PyTorch watches nothing; what was made there can still be written to."""
+    seen = []
+
+    def apply(gradient, weights, start, state):
+        with torch.enable_grad():
+            own = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
+            pull = torch.autograd.grad(sum(weight.square().sum() for weight in own.values()), list(own.values()))
+        seen.append(len(pull))
+        return {name: g + 0.1 * p for (name, g), p in zip(gradient.items(), pull, strict=True)}
+
+    together = program(NETWORKS["rectified"]().double(), "cross_entropy")
+    work = [Work(context.data.train, np.split(np.arange(12), 3)) for context in sites([12, 12])]
+    rules = Rule(0.1, 0.9, decay=0.2), Rule(0.1, 0.9, terms=(Term("ridge", apply),))  # d/dw w^2 / 10 = 0.2 w
+    decayed, changes = (together.fold(work, rule, np.full(2, 0.5))[0] for rule in rules)
+    assert len(seen) == 3
+    for name, change in changes.items():
+        assert change.numpy() == pytest.approx(decayed[name].numpy(), abs=1e-9)
 
 
 def test_what_one_site_holds_never_reaches_another():

@@ -65,6 +65,7 @@ class Program:
 
     def __init__(self, module: Any, size: int) -> None:
         self.size, self._moment = size, Moment()
+        self._differentiates = True  # PyTorch finds the gradient of some part of it
         self._stacks: dict[str, Stack] = {}
         self._learned: dict[str, Any] = {}  # what came of the terms' memory (Memory.learn)
         self._buffers: dict[str, np.ndarray] = {}
@@ -82,10 +83,10 @@ class Program:
             Each site's change, and its mean loss over its batches.  The changes are views of the stacks: they
             are overwritten by the next cohort.
         """
-        with torch.no_grad():
+        with self._unrecorded(rule):
             visits, losses = self._train(work, rule)
-        found = {name: stack.changes(len(work)) for name, stack in self._stacks.items()} | self._learned
-        changes = {name: change.cpu().numpy() for name, change in found.items()}
+            found = {name: stack.changes(len(work)) for name, stack in self._stacks.items()} | self._learned
+            changes = {name: change.cpu().numpy() for name, change in found.items()}
         updates: list[dict[str, np.ndarray]] = [{} for _ in work]
         for place, index in enumerate(visits.order):
             updates[index] = {name: stacked[place] for name, stacked in changes.items()}
@@ -103,7 +104,7 @@ class Program:
         """
         ends: list[dict[str, np.ndarray]] = []
         for part in (slice(start, start + self.size) for start in range(0, len(work), self.size)):
-            with torch.no_grad():
+            with self._unrecorded(rule):
                 visits, _ = self._train([replace(site, halt=None) for site in work[part]], rule, own[part])
             held = {name: stack.first(len(visits.order)).cpu().numpy() for name, stack in self._stacks.items()}
             places = np.argsort(visits.order)
@@ -118,12 +119,17 @@ class Program:
         """
         total: dict[str, Any] = {}
         size, losses = self._span(work, rule), []
-        with torch.no_grad():
+        with self._unrecorded(rule):
             for part in (slice(start, start + size) for start in range(0, len(work), size)):
                 changes, means = self._folded(work[part], rule, shares[part])
                 total = {name: total[name].add_(change) for name, change in changes.items()} if total else changes
                 losses.append(means)
         return total, np.concatenate(losses)
+
+    def _unrecorded(self, rule: Rule) -> Any:
+        """PyTorch records nothing.  Unless a layer or a term may want a gradient of its own, it does not even watch
+        views, of which a step of few sites makes much."""
+        return torch.no_grad() if self._differentiates or rule.terms else torch.inference_mode()
 
     def _span(self, work: Sequence[Work], rule: Rule) -> int:
         """How many of these sites are folded at a time."""
@@ -145,7 +151,7 @@ class Program:
     ) -> tuple[Visits, np.ndarray]:
         """All steps of all sites; each site's mean loss."""
         visits = self._visits(work)
-        losses = torch.zeros(len(work), dtype=self._kind, device=self._device)
+        told = []  # of each step the losses of those at work
         self._begin(rule, fused=not rule.terms)
         self._moment.widths, self._moment.steps = visits.widths, visits.own_steps
         start = {name: stack.start for name, stack in self._stacks.items()}
@@ -155,8 +161,7 @@ class Program:
             self._go_on([own[index] for index in visits.order], rule)
         halts = Halts([work[index].halt for index in visits.order], self._stacks)
         for visit in visits:
-            each = self._step(visit)
-            losses[: visit.sites].add_(each)
+            told.append(self._step(visit))
             left: Named = {name: stack.gradient for name, stack in self._stacks.items() if stack.gradient is not None}
             if rule.terms:
                 left = memory.apply(left, self._weights(visit.sites), start)
@@ -164,8 +169,9 @@ class Program:
                 self._stacks[name].move(gradient, rule)
             for stack in self._stacks.values():
                 stack.fresh, stack.gradient = False, None
-            if halts.after(each):
+            if halts.after(told[-1]):
                 break
+        losses = nn.utils.rnn.pad_sequence(told, batch_first=True).sum(0)
         for place, loss in halts.end(visits.own_steps).items():
             losses[place] = loss * visits.own_steps[place]
         self._learned = memory.learn(start, self._weights(len(work)), visits.own_steps)
@@ -204,6 +210,7 @@ class Cohort(Program):
         self._operations: list[tuple[Operation, tuple[int, ...]]] = []
         self._trains = [False]
         self._compile(module)
+        self._differentiates = any(isinstance(operation, Local) for operation, _ in self._operations)
         if odd := set(module.state_dict()) - set(self._stacks):
             raise Refused(f"'{sorted(odd)[0]}' belongs to no layer that can be stacked")
 

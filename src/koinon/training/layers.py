@@ -93,6 +93,7 @@ class Stack:
     def __init__(self, name: str, parameter: Any, size: int) -> None:
         self.name, self.start, self.shape = name, parameter.detach(), parameter.shape
         self.held = self._first = torch.empty(size, *parameter.shape, dtype=parameter.dtype, device=parameter.device)
+        self._single = self.held[0]
         self.fresh = True
         self.gradient: Any = None
         self.factors: Factors | None = None
@@ -107,6 +108,10 @@ class Stack:
         if self._first.shape[0] != sites:
             self._first = self.held[:sites]
         return self._first
+
+    def common(self, sites: int) -> Any:
+        """What the first sites all have, [...]: at the start, and where there is but one; otherwise None."""
+        return self.start if self.fresh else self._single if sites == 1 else None
 
     def move(self, gradient: Any, rule: Rule) -> None:
         """The step of the first sites."""
@@ -156,7 +161,8 @@ class Stack:
     def spare(self, purpose: str) -> Any:
         """Memory of the same shape, made once."""
         if purpose not in self._spare:
-            self._spare[purpose] = torch.empty_like(self.held)
+            with torch.inference_mode(False):  # else nobody but another such mode could write to it
+                self._spare[purpose] = torch.empty_like(self.held)
         return self._spare[purpose]
 
 
@@ -250,8 +256,8 @@ class Dense:
         if weight.factors:
             y = weight.factors.forward(rows)
             return (y if bias is None else y.add_(bias.now(sites).unsqueeze(1))).view(*x.shape[:-1], -1)
-        if weight.fresh:  # all sites' rows against one matrix
-            return functional.linear(x, weight.start, None if bias is None else bias.start)
+        if (common := weight.common(sites)) is not None:
+            return functional.linear(x, common, None if bias is None else bias.common(sites))
         turned = weight.first(sites).transpose(1, 2)
         y = torch.bmm(rows, turned) if bias is None else torch.baddbmm(bias.first(sites).unsqueeze(1), rows, turned)
         return y.view(*x.shape[:-1], -1)
@@ -266,7 +272,8 @@ class Dense:
             return (None if dx is None else dx.view(*dy.shape[:-1], -1),)
         dx = None
         if wanted[0]:
-            dx = torch.matmul(rows, weight.start if weight.fresh else weight.first(sites)).view(*dy.shape[:-1], -1)
+            common = weight.common(sites)
+            dx = torch.bmm(rows, weight.first(sites)).view(*dy.shape[:-1], -1) if common is None else dy @ common
         if self._moment.fused:
             weight.move_by_product(rows.transpose(1, 2), self._x, rule)
         else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,10 @@ from koinon.training.boost import Halt
 from koinon.training.layers import FEW
 
 torch: Any = extra("torch", "torch")
+
+
+TOGETHER = 1 << 18
+"""Bytes of samples that are gathered at once, for several steps if these are small: the cache has room for more."""
 
 
 @dataclass(frozen=True)
@@ -77,10 +82,21 @@ class Visits:
         table = np.repeat(rows[starts], real[0].size).reshape(real.shape)
         table[real] = rows
         weights = (real / np.maximum(counts, 1)[:, :, None]).astype(self._weight_kind)
-        for at, width in enumerate(self.widths):
-            active = int(np.count_nonzero(counts[:, at]))
-            x, y = self._gather(table[:active, at, :width].reshape(-1), at if len(self.widths) <= FEW else 0)
-            yield Visit(active, counts[:active, at], x, y, self._put(weights[:active, at, :width].reshape(-1)))
+        for start, end, sites, width in self._alike():
+            flat = [each[:sites, start:end, :width].swapaxes(0, 1).reshape(-1) for each in (table, weights)]
+            x, y = self._gather(flat[0], start if len(self.widths) <= FEW else 0)
+            parts = [column.split(sites * width) for column in (x, y, self._put(flat[1]))]
+            for at, own in enumerate(zip(*parts, strict=True), start):
+                yield Visit(sites, counts[:sites, at], *own)
+
+    def _alike(self) -> Iterator[tuple[int, int, int, int]]:
+        """Steps that are gathered together, from and to, as they have as many sites and samples of each."""
+        shapes = list(zip(np.count_nonzero(self._counts, axis=0).tolist(), self.widths, strict=True))
+        sample = sum(column[0].nbytes for column, _ in self._columns.values())
+        for (sites, width), run in groupby(range(len(shapes)), shapes.__getitem__):
+            steps, many = list(run), max(1, TOGETHER // (sites * width * sample))
+            for start in steps[::many]:
+                yield start, min(start + many, steps[-1] + 1), sites, width
 
     def once(self, shares: np.ndarray) -> tuple[Visit, np.ndarray]:
         """The only step of every site, all rows as one batch; each site's rows weigh its share together.

@@ -87,9 +87,10 @@ def nothing(repeats: int) -> None:
     for name in ("equal", "log-normal"):  # updates that weigh the same need no product each
         sizes = koinon.iid(sizes=eval(f"koinon.{SIZES[name]}"))
         split = koinon.data.arrays(zeros, test=None).split(sizes, sites=1000, cache=False)
+        pace = peer_koinon.common.speed()
         seconds = timed(koinon.Job(koinon.FedAvg(rounds=5 * repeats), train, model=model, data=split), on=1)
         middle, least = (round(1e3 * of(seconds)) for of in (statistics.median, min))
-        tell("no training", sizes=name, microseconds_a_client=middle, least=least)
+        tell("no training", sizes=name, microseconds_a_client=middle, least=least, calib_ms=pace)
 
 
 def floors(repeats: int) -> None:

@@ -23,8 +23,8 @@ from koinon.task.task import Failure, Result
 SHARES = 32
 """Into how many pieces of about equal work a round is cut, if its sites are not trained in cohorts."""
 
-LARGEST = 16
-"""Sites in such a piece, at most."""
+LARGEST = 32
+"""Sites in such a piece, at most: a piece costs two passes over a model, beside what its sites do."""
 
 COHORTS, PIECES = 4, 12
 """Cohorts in a piece, at most, where there are so many pieces at least."""

@@ -127,8 +127,8 @@ class Program:
         return total, np.concatenate(losses)
 
     def _unrecorded(self, rule: Rule) -> Any:
-        """PyTorch records nothing.  Unless a layer or a term may want a gradient of its own, it does not even watch
-        views, of which a step of few sites makes much."""
+        """PyTorch records nothing.  Where neither a layer nor a term may ask it for a gradient, it need not even watch
+        views, of which a step makes many."""
         return torch.no_grad() if self._differentiates or rule.terms else torch.inference_mode()
 
     def _span(self, work: Sequence[Work], rule: Rule) -> int:
@@ -171,7 +171,7 @@ class Program:
                 stack.fresh, stack.gradient = False, None
             if halts.after(told[-1]):
                 break
-        losses = nn.utils.rnn.pad_sequence(told, batch_first=True).sum(0)
+        losses = nn.utils.rnn.pad_sequence(told, batch_first=True).sum(0)  # who had no such step adds a zero
         for place, loss in halts.end(visits.own_steps).items():
             losses[place] = loss * visits.own_steps[place]
         self._learned = memory.learn(start, self._weights(len(work)), visits.own_steps)

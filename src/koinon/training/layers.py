@@ -109,7 +109,7 @@ class Stack:
             self._first = self.held[:sites]
         return self._first
 
-    def common(self, sites: int) -> Any:
+    def same(self, sites: int) -> Any:
         """What the first sites all have, [...]: at the start, and where there is but one; otherwise None."""
         return self.start if self.fresh else self._single if sites == 1 else None
 
@@ -256,8 +256,8 @@ class Dense:
         if weight.factors:
             y = weight.factors.forward(rows)
             return (y if bias is None else y.add_(bias.now(sites).unsqueeze(1))).view(*x.shape[:-1], -1)
-        if (common := weight.common(sites)) is not None:
-            return functional.linear(x, common, None if bias is None else bias.common(sites))
+        if (same := weight.same(sites)) is not None:
+            return functional.linear(x, same, None if bias is None else bias.same(sites))
         turned = weight.first(sites).transpose(1, 2)
         y = torch.bmm(rows, turned) if bias is None else torch.baddbmm(bias.first(sites).unsqueeze(1), rows, turned)
         return y.view(*x.shape[:-1], -1)
@@ -272,8 +272,8 @@ class Dense:
             return (None if dx is None else dx.view(*dy.shape[:-1], -1),)
         dx = None
         if wanted[0]:
-            common = weight.common(sites)
-            dx = torch.bmm(rows, weight.first(sites)).view(*dy.shape[:-1], -1) if common is None else dy @ common
+            same = weight.same(sites)
+            dx = torch.bmm(rows, weight.first(sites)).view(*dy.shape[:-1], -1) if same is None else dy @ same
         if self._moment.fused:
             weight.move_by_product(rows.transpose(1, 2), self._x, rule)
         else:

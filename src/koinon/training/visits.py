@@ -90,7 +90,7 @@ class Visits:
                 yield Visit(sites, counts[:sites, at], *own)
 
     def _alike(self) -> Iterator[tuple[int, int, int, int]]:
-        """Steps that are gathered together, from and to, as they have as many sites and samples of each."""
+        """Steps in a row that are gathered at once: from, to, and how many sites and samples of each they all have."""
         shapes = list(zip(np.count_nonzero(self._counts, axis=0).tolist(), self.widths, strict=True))
         sample = sum(column[0].nbytes for column, _ in self._columns.values())
         for (sites, width), run in groupby(range(len(shapes)), shapes.__getitem__):

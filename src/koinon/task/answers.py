@@ -29,7 +29,6 @@ LARGEST = 32
 COHORTS, PIECES = 4, 12
 """Cohorts in a piece, at most, where there are so many pieces at least."""
 
-
 NAME = 200
 """Characters of a metric's name, at most: it stands in every row of the table."""
 

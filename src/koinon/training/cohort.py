@@ -65,7 +65,6 @@ class Program:
 
     def __init__(self, module: Any, size: int) -> None:
         self.size, self._moment = size, Moment()
-        self._differentiates = True  # PyTorch finds the gradient of some part of it
         self._stacks: dict[str, Stack] = {}
         self._learned: dict[str, Any] = {}  # what came of the terms' memory (Memory.learn)
         self._buffers: dict[str, np.ndarray] = {}
@@ -127,9 +126,8 @@ class Program:
         return total, np.concatenate(losses)
 
     def _unrecorded(self, rule: Rule) -> Any:
-        """PyTorch records nothing.  Where neither a layer nor a term may ask it for a gradient, it need not even watch
-        views, of which a step makes many."""
-        return torch.no_grad() if self._differentiates or rule.terms else torch.inference_mode()
+        """While this is entered PyTorch records nothing, unless it is asked to."""
+        return torch.no_grad()
 
     def _span(self, work: Sequence[Work], rule: Rule) -> int:
         """How many of these sites are folded at a time."""
@@ -210,9 +208,13 @@ class Cohort(Program):
         self._operations: list[tuple[Operation, tuple[int, ...]]] = []
         self._trains = [False]
         self._compile(module)
-        self._differentiates = any(isinstance(operation, Local) for operation, _ in self._operations)
         if odd := set(module.state_dict()) - set(self._stacks):
             raise Refused(f"'{sorted(odd)[0]}' belongs to no layer that can be stacked")
+
+    def _unrecorded(self, rule: Rule) -> Any:
+        """Where neither a layer nor a term may ask it, it need not even watch views, of which a step makes many."""
+        asked = rule.terms or any(isinstance(operation, Local) for operation, _ in self._operations)
+        return super()._unrecorded(rule) if asked else torch.inference_mode()
 
     def _span(self, work: Sequence[Work], rule: Rule) -> int:
         return max(1, ROWS // max(len(site.batches[0]) for site in work)) if _one_step(work, rule) else self.size

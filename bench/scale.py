@@ -3,13 +3,15 @@
     python bench/scale.py
     python bench/scale.py --executor mlp --workers 2
 
-Prints one JSON line a measure.  A registered client has 20 samples of 16 float32 features: 1.3 GB on the disk for
+Prints one JSON line a measure.  A registered client has 20 samples of 10 float32 features: 0.8 GB on the disk for
 a million of them, in a temporary folder, memory-mapped; wider features would cost disk, not start or memory.  Every
-run is a process of its own, 10,000 and 1,000,000 registered clients in turn, so that their ratio holds on a machine
-whose speed drifts.
+run is a process of its own.  Those with 10,000 and with 1,000,000 registered clients live side by side and take
+turns of five rounds, one waiting while the other works, so that their ratio holds on a machine whose speed drifts
+within seconds.
 
     ready           from the start of the interpreter to the first round: imports, opening, dealing, the run folder
     clients_a_second   of the median round, the first left out
+    ratio           of their speeds in two turns that follow each other: the median, and between what they lie
     peak_mb         most memory at any time, of the process and its workers, pages that they share counted in each
     peak_anonymous_mb   the same without pages of files, which the system may drop whenever it needs the room
 """
@@ -26,10 +28,14 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 SAMPLES, FEATURES, CLASSES = 20, 10, 10
+
+TURN = 5
+"""Rounds that a run works before the other one does."""
 
 
 def dirichlet(repeats: int) -> dict[str, float]:
@@ -96,8 +102,11 @@ def run(given: argparse.Namespace, began: float) -> None:
     def tell(event: koinon.tracking.Event) -> None:
         nonlocal ready, round_began
         if event.kind == "round":
+            ready = ready or time.time() - began
+            if len(rounds) % TURN == 0:
+                print("next", flush=True)
+                sys.stdin.readline()
             round_began = time.time()
-            ready = ready or round_began - began
         elif event.kind == "commit":
             rounds.append(time.time() - round_began)
 
@@ -107,9 +116,8 @@ def run(given: argparse.Namespace, began: float) -> None:
     with tempfile.TemporaryDirectory(dir=given.folder) as out:
         job = koinon.Job(koinon.FedAvg(rounds=given.rounds, sampler=sampler), executor, data=split)
         koinon.simulate(job, out=Path(out) / "run", on=given.workers, sinks=[tell])
-    rate = given.cohort / statistics.median(rounds[1:])
     peak = {"peak_mb": peaks["VmRSS"] >> 10, "peak_anonymous_mb": peaks["RssAnon"] >> 10}
-    print(json.dumps({"ready": round(ready, 2), "clients_a_second": round(rate), **peak}))
+    print(json.dumps({"ready": round(ready, 2), "rounds": rounds, **peak}))
 
 
 def watch(peaks: dict[str, int]) -> None:
@@ -132,24 +140,43 @@ def watch(peaks: dict[str, int]) -> None:
         time.sleep(0.05)
 
 
-def measured(given: argparse.Namespace, folder: Path, clients: int, cohort: int) -> dict[str, float]:
-    """What `run` says, in a fresh process with an empty cache."""
-    with tempfile.TemporaryDirectory(dir=folder) as cache:
-        command = [sys.executable, __file__, "--folder", folder, "--run", clients, "--cohort", cohort]
-        for name in ("executor", "workers", "rounds", "partition"):
-            command += [f"--{name}", getattr(given, name)]
-        done = subprocess.run(
-            [str(part) for part in command],
-            env={**os.environ, "KOINON_CACHE": cache},
-            stdout=subprocess.PIPE,
-            check=True,
-        )
-    return json.loads(done.stdout)
+def measured(given: argparse.Namespace, rounds: int, *sizes: tuple[int, int]) -> list[dict[str, Any]]:
+    """What `run` says of so many (clients, asked), each in a fresh process with an empty cache, in turns."""
+    runs = []
+    with tempfile.TemporaryDirectory(dir=given.folder) as caches:
+        for clients, cohort in sizes:
+            command = [sys.executable, __file__, "--run", clients, "--cohort", cohort, "--rounds", rounds]
+            for name in ("executor", "workers", "partition", "folder"):
+                command += [f"--{name}", getattr(given, name)]
+            run = subprocess.Popen(
+                [str(part) for part in command],
+                env={**os.environ, "KOINON_CACHE": f"{caches}/{len(runs)}"},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            run.stdout.readline()  # it is ready
+            runs.append(run)
+        said = [""] * len(runs)
+        while runs[0].poll() is None:
+            for place, run in enumerate(runs):
+                print(file=run.stdin, flush=True)
+                said[place] = run.stdout.readline()
+                if said[place] != "next\n":
+                    run.wait()
+    return [json.loads(line) for line in said]
 
 
-def medians(runs: list[dict[str, float]]) -> dict[str, float]:
-    """Of each measure."""
-    return {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+def told(given: argparse.Namespace, run: dict[str, Any], cohort: int) -> dict[str, Any]:
+    """A run's measures, and how it was made."""
+    how = {name: getattr(given, name) for name in ("executor", "partition", "workers")} | {"asked": cohort}
+    rate = round(cohort / statistics.median(run["rounds"][1:]))
+    return how | {"ready": run["ready"], "clients_a_second": rate} | {k: v for k, v in run.items() if "peak" in k}
+
+
+def turns(run: dict[str, Any]) -> list[float]:
+    """Seconds of the median round of each turn but the first, in which pages and code are new."""
+    return [statistics.median(run["rounds"][start : start + TURN]) for start in range(TURN, len(run["rounds"]), TURN)]
 
 
 def main() -> None:
@@ -157,7 +184,7 @@ def main() -> None:
     began = time.time() - time.process_time()  # the interpreter's own start-up hardly waits
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--repeats", type=int, default=3)
-    arguments.add_argument("--rounds", type=int, default=10)
+    arguments.add_argument("--rounds", type=int, default=105)
     arguments.add_argument("--executor", choices=["softmax", "mlp"], default="softmax")
     arguments.add_argument("--partition", choices=["iid", "by"], default="iid", help="by: they lie client by client")
     arguments.add_argument("--workers", type=int, default=1)
@@ -173,19 +200,17 @@ def main() -> None:
     tell("dirichlet, 1,000,000 samples, 100,000 clients", **dirichlet(given.repeats))
     tell("sampling, 1,000 of 1,000,000", **sampling(given.repeats))
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write(folder, given.clients)
-        few, many = [], []
-        for _ in range(given.repeats):
-            few.append(measured(given, folder, 10_000, given.cohort))
-            many.append(measured(given, folder, given.clients, given.cohort))
-        how = {name: getattr(given, name) for name in ("executor", "partition", "workers")} | {"asked": given.cohort}
-        tell("10,000 registered", **how, **medians(few))
-        tell(f"{given.clients:,} registered", **how, **medians(many))
-        ratios = [one["clients_a_second"] / other["clients_a_second"] for one, other in zip(many, few, strict=True)]
-        tell(f"speed with {given.clients:,} / with 10,000 registered", ratio=round(statistics.median(ratios), 3))
+        given.folder = Path(name)
+        write(given.folder, given.clients)
+        few, many = measured(given, given.rounds, (10_000, given.cohort), (given.clients, given.cohort))
+        tell("10,000 registered", **told(given, few, given.cohort))
+        tell(f"{given.clients:,} registered", **told(given, many, given.cohort))
+        ratios = sorted(one / other for one, other in zip(turns(few), turns(many), strict=True))
+        middle, least, most = (round(ratio, 3) for ratio in (statistics.median(ratios), ratios[0], ratios[-1]))
+        tell(f"speed with {given.clients:,} / with 10,000 registered", ratio=middle, least=least, most=most)
         for cohort in (100, 1000, 10_000):
-            tell("memory by cohort", **{**how, "asked": cohort}, **measured(given, folder, given.clients, cohort))
+            (alone,) = measured(given, 10, (given.clients, cohort))
+            tell("memory by cohort", **told(given, alone, cohort))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ within seconds.
 
     ready           from the start of the interpreter to the first round: imports, opening, dealing, the run folder
     clients_a_second   of the median round, the first left out
-    ratio           of their speeds in two turns that follow each other: the median, and between what they lie
+    ratio           of their speeds in two turns that follow each other: the median, and the quartiles
     peak_mb         most memory at any time, of the process and its workers, pages that they share counted in each
     peak_anonymous_mb   the same without pages of files, which the system may drop whenever it needs the room
 """
@@ -22,8 +22,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -31,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import turns
 
 SAMPLES, FEATURES, CLASSES = 20, 10, 10
 
@@ -88,6 +87,15 @@ def run(given: argparse.Namespace, began: float) -> None:
     """A federation of `--run` clients, of which each round asks `--cohort`; told as one JSON line."""
     peaks = {"VmRSS": 0, "RssAnon": 0}
     threading.Thread(target=watch, args=(peaks,), daemon=True).start()
+    with tempfile.TemporaryDirectory(dir=given.folder) as out:
+        os.environ["KOINON_CACHE"] = out
+        ready, rounds = simulated(given, Path(out), began)
+    peak = {"peak_mb": peaks["VmRSS"] >> 10, "peak_anonymous_mb": peaks["RssAnon"] >> 10}
+    print(json.dumps({"ready": round(ready, 2), "rounds": rounds, **peak}))
+
+
+def simulated(given: argparse.Namespace, out: Path, began: float) -> tuple[float, list[float]]:
+    """Seconds to the first round, and those of each."""
     import koinon
 
     natural = given.partition == "by"
@@ -104,8 +112,7 @@ def run(given: argparse.Namespace, began: float) -> None:
         if event.kind == "round":
             ready = ready or time.time() - began
             if len(rounds) % TURN == 0:
-                print("next", flush=True)
-                sys.stdin.readline()
+                turns.turn()
             round_began = time.time()
         elif event.kind == "commit":
             rounds.append(time.time() - round_began)
@@ -113,11 +120,9 @@ def run(given: argparse.Namespace, began: float) -> None:
     partition = koinon.by("client") if natural else koinon.iid()
     split = koinon.data.arrays(columns, test=None).split(partition, given.run)
     sampler = koinon.fraction(given.cohort / given.run)
-    with tempfile.TemporaryDirectory(dir=given.folder) as out:
-        job = koinon.Job(koinon.FedAvg(rounds=given.rounds, sampler=sampler), executor, data=split)
-        koinon.simulate(job, out=Path(out) / "run", on=given.workers, sinks=[tell])
-    peak = {"peak_mb": peaks["VmRSS"] >> 10, "peak_anonymous_mb": peaks["RssAnon"] >> 10}
-    print(json.dumps({"ready": round(ready, 2), "rounds": rounds, **peak}))
+    job = koinon.Job(koinon.FedAvg(rounds=given.rounds, sampler=sampler), executor, data=split)
+    koinon.simulate(job, out=out / "run", on=given.workers, sinks=[tell])
+    return ready, rounds
 
 
 def watch(peaks: dict[str, int]) -> None:
@@ -142,29 +147,12 @@ def watch(peaks: dict[str, int]) -> None:
 
 def measured(given: argparse.Namespace, rounds: int, *sizes: tuple[int, int]) -> list[dict[str, Any]]:
     """What `run` says of so many (clients, asked), each in a fresh process with an empty cache, in turns."""
-    runs = []
-    with tempfile.TemporaryDirectory(dir=given.folder) as caches:
-        for clients, cohort in sizes:
-            command = [sys.executable, __file__, "--run", clients, "--cohort", cohort, "--rounds", rounds]
-            for name in ("executor", "workers", "partition", "folder"):
-                command += [f"--{name}", getattr(given, name)]
-            run = subprocess.Popen(
-                [str(part) for part in command],
-                env={**os.environ, "KOINON_CACHE": f"{caches}/{len(runs)}"},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            run.stdout.readline()  # it is ready
-            runs.append(run)
-        said = [""] * len(runs)
-        while runs[0].poll() is None:
-            for place, run in enumerate(runs):
-                print(file=run.stdin, flush=True)
-                said[place] = run.stdout.readline()
-                if said[place] != "next\n":
-                    run.wait()
-    return [json.loads(line) for line in said]
+    commands = []
+    for clients, cohort in sizes:
+        commands.append([__file__, "--run", clients, "--cohort", cohort, "--rounds", rounds])
+        for name in ("executor", "workers", "partition", "folder"):
+            commands[-1] += [f"--{name}", getattr(given, name)]
+    return turns.taken(commands)
 
 
 def told(given: argparse.Namespace, run: dict[str, Any], cohort: int) -> dict[str, Any]:
@@ -172,11 +160,6 @@ def told(given: argparse.Namespace, run: dict[str, Any], cohort: int) -> dict[st
     how = {name: getattr(given, name) for name in ("executor", "partition", "workers")} | {"asked": cohort}
     rate = round(cohort / statistics.median(run["rounds"][1:]))
     return how | {"ready": run["ready"], "clients_a_second": rate} | {k: v for k, v in run.items() if "peak" in k}
-
-
-def turns(run: dict[str, Any]) -> list[float]:
-    """Seconds of the median round of each turn but the first, in which pages and code are new."""
-    return [statistics.median(run["rounds"][start : start + TURN]) for start in range(TURN, len(run["rounds"]), TURN)]
 
 
 def main() -> None:
@@ -205,9 +188,8 @@ def main() -> None:
         few, many = measured(given, given.rounds, (10_000, given.cohort), (given.clients, given.cohort))
         tell("10,000 registered", **told(given, few, given.cohort))
         tell(f"{given.clients:,} registered", **told(given, many, given.cohort))
-        ratios = sorted(one / other for one, other in zip(turns(few), turns(many), strict=True))
-        middle, least, most = (round(ratio, 3) for ratio in (statistics.median(ratios), ratios[0], ratios[-1]))
-        tell(f"speed with {given.clients:,} / with 10,000 registered", ratio=middle, least=least, most=most)
+        ratio = turns.ratio(turns.medians(few["rounds"], TURN), turns.medians(many["rounds"], TURN))
+        tell(f"speed with {given.clients:,} / with 10,000 registered", **ratio)
         for cohort in (100, 1000, 10_000):
             (alone,) = measured(given, 10, (given.clients, cohort))
             tell("memory by cohort", **told(given, alone, cohort))

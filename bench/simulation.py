@@ -3,8 +3,9 @@
     python bench/simulation.py --repeats 3            # W1 to W3, skewed sizes, an executor that does nothing
     python bench/simulation.py --only many skew
 
-Arms run in turn, each in a fresh process, and the ratio is that within one turn.  `other_cpu` above 0.1 says that the
-machine was not quiet, `calib_ms` how fast it was.  Prints JSON lines: every record, then medians.
+Arms run one after the other, each in a fresh process, for their start, memory and first round: `other_cpu` above 0.1
+says that the machine was not quiet, `calib_ms` how fast it was.  Then all live side by side and take turns, and the
+ratio is that of two turns that follow each other.  Prints JSON lines: every record, then medians.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import peer_koinon
+import turns
 
 HERE, CORES = Path(__file__).resolve().parent, len(os.sched_getaffinity(0))
 ARMS = {
@@ -31,6 +33,10 @@ ARMS = {
     "koinon": [str(HERE / "peer_koinon.py"), "--on", str(CORES), "--wait"],
     "koinon, not waiting": [str(HERE / "peer_koinon.py"), "--on", str(CORES)],
 }
+TURNS = 20
+A_TURN = {"mlp-100": 10, "cnn-8": 1, "many": 2}
+"""Rounds, so that a turn is a second of the plain loop's."""
+
 SIZES = {"equal": "equal()", "log-normal": "lognormal(1.0)", "Zipf": "power_law(1.0)"}
 
 
@@ -53,10 +59,16 @@ def versus(workload: str, repeats: int) -> None:
             records[arm].append({name: record[name] for name in shown} | {"first_round": round(first, 2)})
             tell(workload, arm=arm, **records[arm][-1])
     for arm, own in records.items():
-        pairs = zip(own, records["loop"], strict=True)
-        ratio = statistics.median(one["clients_per_s"] / loop["clients_per_s"] for one, loop in pairs)
         medians = {name: statistics.median(one[name] for one in own) for name in own[0]}
-        tell(f"{workload}, median of {repeats}", arm=arm, ratio=round(ratio, 2), **medians)
+        tell(f"{workload}, median of {repeats}", arm=arm, **medians)
+    size, arms = A_TURN[workload], list(ARMS)[:-1]  # in turns, nobody is not waiting
+    wanted = ["--workload", workload, "--rounds", (TURNS + 1) * size]
+    rounds = turns.taken([[turns.__file__, size, *ARMS[arm], *wanted] for arm in arms])
+    seconds = {arm: turns.medians(own, size) for arm, own in zip(arms, rounds, strict=True)}
+    cohort = peer_koinon.common.WORKLOADS[workload]["cohort"]
+    for arm, own in seconds.items():
+        rates = {"clients_per_s": round(cohort / statistics.median(own), 1), "most": round(cohort / min(own), 1)}
+        tell(f"{workload}, {TURNS} turns", arm=arm, **turns.ratio(seconds["loop"], own), **rates)
 
 
 def timed(job: object, on: int) -> list[float]:

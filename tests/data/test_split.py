@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import koinon.data as data
 from koinon.data import Partition, Source
-from koinon.data.names import Names
+from koinon.data.names import LATELY, Names
 from koinon.data.split import _distinct
 from koinon.errors import DataError, SettingsError
 
@@ -245,6 +245,15 @@ def test_names_of_virtual_sites_are_made_when_asked_for():
         names[1_000_000]
 
 
+@pytest.mark.parametrize("values", [None, np.arange(3 * LATELY)[::-1]], ids=["numbered", "natural"])
+def test_so_many_names_are_remembered_and_no_more(values: np.ndarray | None):
+    """What was forgotten is found all the same."""
+    names = Names(3 * LATELY, values)
+    said = list(names)
+    assert [names.index(name) for name in said] == list(range(3 * LATELY))
+    assert len(vars(names)["lately"]) <= LATELY
+
+
 @pytest.mark.parametrize(
     ("values", "nobody"),
     [
@@ -262,6 +271,8 @@ def test_a_natural_ids_values_are_names(values: np.ndarray, nobody: list[str]):
     names = Names(len(values), values)
     assert list(names) == names[:] == [str(value) for value in values]
     assert [names.index(name) for name in names] == list(range(len(values)))
+    stranger = Names(len(values), values)  # that has named nobody yet
+    assert [stranger.index(name) for name in names[:]] == list(range(len(values)))
     for name in nobody:
         assert name not in names
         with pytest.raises(ValueError, match="is not one of"):

@@ -13,6 +13,9 @@ import numpy as np
 
 from koinon.data.dataset import Array
 
+LATELY = 1 << 13
+"""Positions that are remembered: a round asks for those of its sites several times."""
+
 
 @dataclass(frozen=True, eq=False)
 class Names(Sequence[str]):
@@ -29,6 +32,7 @@ class Names(Sequence[str]):
     values: Array | None = None
 
     def __post_init__(self) -> None:
+        vars(self)["lately"] = {}
         if self.values is not None and self.values.dtype.kind not in "iuU":  # whose text does not say which they were
             vars(self).update(values=np.array([str(value) for value in self.values]))
 
@@ -43,7 +47,12 @@ class Names(Sequence[str]):
         if isinstance(which, slice):
             return [self[number] for number in range(self.size)[which]]
         number = range(self.size)[which]
-        return f"site-{number + 1}" if self.values is None else str(self.values[number])
+        name = f"site-{number + 1}" if self.values is None else str(self.values[number])
+        lately: dict[str, int] = vars(self)["lately"]
+        if len(lately) == LATELY:
+            lately.clear()
+        lately[name] = number
+        return name
 
     def __contains__(self, name: object) -> bool:
         with contextlib.suppress(ValueError):
@@ -52,10 +61,10 @@ class Names(Sequence[str]):
 
     def index(self, name: str, start: int = 0, stop: int | None = None) -> int:
         """The position of a name."""
-        number = -1
-        if self.values is None:
+        number: int = vars(self)["lately"].get(name, -1)
+        if number < 0 and self.values is None:
             number = _number(name)
-        else:
+        elif number < 0:
             read, ordered, places = self._ordered
             with contextlib.suppress(ValueError):
                 nearest = bisect_left(ordered, read(name))
@@ -77,10 +86,7 @@ class Names(Sequence[str]):
 
 @lru_cache(maxsize=1 << 12)
 def _number(name: str) -> int:
-    """Which site of all without values this is, from 0; -1 if none: only one text is a name, and 'site-01' is nobody.
-
-    A round asks for each of its sites several times.
-    """
+    """Which site of all without values this is, from 0; -1 if none: only one text is a name, 'site-01' is nobody's."""
     try:
         number = int(name.removeprefix("site-")) - 1
     except ValueError:

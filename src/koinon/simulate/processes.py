@@ -45,6 +45,11 @@ KEPT = {-3: 1 << 25, -1: 1 << 29}
 model's arrays are not made of fresh pages for each site."""
 
 
+HUGE = {"GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")}
+"""Memory in pages of 2 MB, where a system gives these to who asks: a processor that looks up 512 times as few of them
+trains some hundredths faster."""
+
+
 def cores() -> int:
     """Those that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -143,7 +148,7 @@ class Processes:
             except (TypeError, AttributeError, ValueError) as error:  # among them pickle's own
                 raise JobError(f"this job cannot be handed to other processes ({error}): use on=1") from error
         if self._nursery is None or self._nursery.closed:
-            self._nursery = Nursery(work, [IMPORTS[name] for name in IMPORTS if name in sys.modules], ONE_THREAD)
+            self._nursery = Nursery(work, [IMPORTS[name] for name in IMPORTS if name in sys.modules], ONE_THREAD | HUGE)
         number, connection = self._nursery.bear()
         boxes = {box.path: box for box in (Box() for _ in range(DEPTH + 1))}
         self._lines.append(_Line(number, connection, boxes, cycle(boxes)))

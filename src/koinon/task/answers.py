@@ -68,10 +68,18 @@ class Answers:
     fold: State | None = None
     warning: str = ""
 
+    def __reduce__(self) -> tuple[Any, ...]:  # between processes: each update's class would be looked at anew
+        rows = [tuple(vars(update).values()) for update in self.updates]
+        return _rebuilt, (self.task, rows, self.failures, self.fold, self.warning)
+
     @property
     def sites(self) -> tuple[str, ...]:
         """Who answers."""
         return (*(update.site for update in self.updates), *self.failures)
+
+
+def _rebuilt(task: str, rows: Sequence[tuple[Any, ...]], *rest: Any) -> Answers:
+    return Answers(task, [Update(*row) for row in rows], *rest)
 
 
 class Refusal(Exception):
@@ -191,7 +199,8 @@ def chunks(sites: Sequence[str], samples: np.ndarray, cohort: int = 1) -> Iterat
     Yields:
         The sites of each piece, the largest sites first, so that nobody has to wait for a long last one.
     """
-    order, number, total = np.argsort(-samples, kind="stable"), len(sites), float(samples.sum())
+    order, number, total = np.argsort(-samples, kind="stable").tolist(), len(sites), float(samples.sum())
+    sizes = samples.tolist()
     most, share, held, cuts, beside = LARGEST, total / SHARES, 0.0, [0], 1
     if cohort > 1:
         pieces = -(-number // (cohort * min(COHORTS, max(1, number // (PIECES * cohort)))))
@@ -199,9 +208,9 @@ def chunks(sites: Sequence[str], samples: np.ndarray, cohort: int = 1) -> Iterat
         share = 2 * total / pieces  # a few that hold much are not left to one worker
         beside = 2  # who holds most takes its many steps anyway, and beside it the next ones' cost little
     for place, index in enumerate(order, start=1):
-        held += samples[index]
-        full = held >= max(share, beside * samples[order[cuts[-1]]])
+        held += sizes[index]
+        full = held >= max(share, beside * sizes[order[cuts[-1]]])
         if full or place - cuts[-1] == most or place == number:
             cuts, held = [*cuts, place], 0.0
     for start, end in pairwise(cuts):
-        yield [sites[int(index)] for index in order[start:end]]
+        yield [sites[index] for index in order[start:end]]

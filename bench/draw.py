@@ -32,7 +32,7 @@ def main(lines: list[dict]) -> None:
             next(
                 line["ratio"]
                 for line in reversed(lines)
-                if line["bench"].startswith(f"simulation: {name}, median") and line["arm"] == arm
+                if line["bench"].startswith(f"simulation: {name}, ") and "ratio" in line and line["arm"] == arm
             )
             for name in WORKLOADS
         ]
@@ -44,14 +44,13 @@ def main(lines: list[dict]) -> None:
     speed.set_title("speed", fontsize=10)
     speed.set_ylabel("clients a second, the plain loop = 1", fontsize=8)
     speed.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.52, 1))
-    cohorts = [line for line in lines if line["bench"] == "scale: memory by cohort"]
-    asked.loglog(
-        [line["asked"] for line in cohorts], [line["asked"] / line["clients_a_second"] for line in cohorts], "o-"
-    )
+    scale = [line for line in lines if line.get("executor") == "softmax"]  # the latest of each is drawn
+    rates = {line["asked"]: line["clients_a_second"] for line in scale if line["bench"] == "scale: memory by cohort"}
+    asked.loglog(list(rates), [clients / rate for clients, rate in rates.items()], "o-")
     asked.set_title("a round, by clients asked", fontsize=10)
     asked.set_xlabel("clients asked, of a million", fontsize=8)
     asked.set_ylabel("seconds a round", fontsize=8)
-    found = [line for line in lines if line["bench"].endswith("registered") and "peak_mb" in line]
+    found = [line for line in scale if line["bench"].endswith("registered") and "peak_mb" in line]
     many = sorted({int(line["bench"].split()[1].replace(",", "")): line for line in found}.items())
     for name, said in (("peak_mb", "all, with the mapped samples"), ("peak_anonymous_mb", "without them")):
         registered.loglog([clients for clients, _ in many], [line[name] for _, line in many], "o-", label=said)

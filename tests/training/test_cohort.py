@@ -1,6 +1,8 @@
 """A cohort in one tensor program ends where the loop ends; what cannot be stacked is refused, with the reason."""
 
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -518,3 +520,41 @@ def test_the_form_that_was_measured_is_every_workers_and_a_resumed_runs(tmp_path
     assert ended.info["forms"]["train"].startswith("vmap: ")
     asked = run(2, "asked", form="vmap").model()
     assert all(array.tobytes() == asked[name].tobytes() for name, array in ended.model().items())
+
+
+SHORT = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+import koinon
+
+def network():
+    from torch import nn
+    return nn.Sequential(nn.Linear(64, 1500), nn.ReLU(), nn.Linear(1500, 4000), nn.ReLU(), nn.Linear(4000, 10))
+
+def trained(sites):
+    executor = koinon.torch.LocalSGD(model=network, lr=0.05, batch_size=8, max_batches=12, momentum=0.9, form="cohort")
+    data = koinon.data.digits().split(koinon.iid(), sites=sites, test="server")
+    said = []
+    run = koinon.simulate(koinon.Job(koinon.FedAvg(rounds=1), executor, data=data), on=1, sinks=[said.append])
+    return run.model(), said
+
+trained(1)  # with all that is there whatever the number of sites
+plenty, _ = trained(8)
+size = int(next(line for line in Path("/proc/self/status").read_text().splitlines() if "VmSize" in line).split()[1])
+resource.setrlimit(resource.RLIMIT_AS, ((size << 10) + int(sys.argv[1]), -1))
+short, said = trained(8)
+assert not [event for event in said if event.kind == "refused"], said
+assert all(np.allclose(short[name], plenty[name], atol=1e-5) for name in plenty)
+print([event.values["message"] for event in said if event.kind == "warning"])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit on a process's memory is Linux's")
+def test_with_too_little_memory_the_stacks_are_halved(tmp_path):
+    """Of 8 sites' weights and velocities, 400 MB, half fit; whoever tries again has the memory of whoever failed."""
+    done = subprocess.run(
+        [sys.executable, "-c", SHORT, str(300 << 20)], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "out of memory with 8 sites at once: they go on 4 at a time" in done.stdout

@@ -77,8 +77,9 @@ class Agent:
             try:
                 return self._at_once(task, sites, states, aggregator)
             except Exception as error:
-                if len(sites) > 1 and _out_of_memory(error):
-                    return self._halved(task, sites, states, aggregator)
+                many = len(sites) > 1 and _out_of_memory(error)
+            if many:  # only now has the error let go of what it held
+                return self._halved(task, sites, states, aggregator)
         try:
             received = self._received(task)
             like = expected(self.job, received.arrays)

@@ -91,7 +91,9 @@ class Halts:
                 continue
             self._losses[place].append(losses[place])
             if halt(self._losses[place]):
-                self._aside[place] = {name: stack.held[place].clone() for name, stack in self._stacks.items()}
+                self._aside[place] = {
+                    name: stack.first(self._all)[place].clone() for name, stack in self._stacks.items()
+                }
         return len(self._aside) == self._all
 
     def end(self, steps: np.ndarray) -> dict[int, float]:
@@ -99,5 +101,5 @@ class Halts:
         for place, weights in self._aside.items():
             steps[place] = len(self._losses[place])
             for name, weight in weights.items():
-                self._stacks[name].held[place].copy_(weight)
+                self._stacks[name].first(self._all)[place].copy_(weight)
         return {place: halt.loss(self._losses[place]) for place, halt in self._halts.items()}

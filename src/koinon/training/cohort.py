@@ -9,7 +9,8 @@ is trained by the loop.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -82,7 +83,7 @@ class Program:
             Each site's change, and its mean loss over its batches.  The changes are views of the stacks: they
             are overwritten by the next cohort.
         """
-        with self._unrecorded(rule):
+        with self._whole(rule):
             visits, losses = self._train(work, rule)
             found = {name: stack.changes(len(work)) for name, stack in self._stacks.items()} | self._learned
             changes = {name: change.cpu().numpy() for name, change in found.items()}
@@ -103,7 +104,7 @@ class Program:
         """
         ends: list[dict[str, np.ndarray]] = []
         for part in (slice(start, start + self.size) for start in range(0, len(work), self.size)):
-            with self._unrecorded(rule):
+            with self._whole(rule):
                 visits, _ = self._train([replace(site, halt=None) for site in work[part]], rule, own[part])
             held = {name: stack.first(len(visits.order)).cpu().numpy() for name, stack in self._stacks.items()}
             places = np.argsort(visits.order)
@@ -118,12 +119,24 @@ class Program:
         """
         total: dict[str, Any] = {}
         size, losses = self._span(work, rule), []
-        with self._unrecorded(rule):
+        with self._whole(rule):
             for part in (slice(start, start + size) for start in range(0, len(work), size)):
                 changes, means = self._folded(work[part], rule, shares[part])
                 total = {name: total[name].add_(change) for name, change in changes.items()} if total else changes
                 losses.append(means)
         return total, np.concatenate(losses)
+
+    @contextmanager
+    def _whole(self, rule: Rule) -> Iterator[None]:
+        """Train unrecorded; if that fails, perhaps for want of memory, whoever tries again with fewer sites has it."""
+        try:
+            with self._unrecorded(rule):
+                yield
+        except BaseException:
+            self._buffers.clear()
+            for stack in self._stacks.values():
+                stack.release()
+            raise
 
     def _unrecorded(self, rule: Rule) -> Any:
         """While this is entered PyTorch records nothing, unless it is asked to."""
@@ -180,9 +193,11 @@ class Program:
         for name, stack in self._stacks.items():
             stack.fresh, stack.factors = False, None
             if rule.momentum:
-                stack.spare("velocity").zero_()
+                stack.room("velocity", len(own)).zero_()
             for place, weights in enumerate(own):
-                stack.held[place].copy_(torch.from_numpy(np.array(weights[name])) if weights else stack.start)
+                stack.first(len(own))[place].copy_(
+                    torch.from_numpy(np.array(weights[name])) if weights else stack.start
+                )
 
     def _weights(self, sites: int) -> dict[str, Any]:
         return {name: stack.now(sites) for name, stack in self._stacks.items()}
@@ -290,7 +305,7 @@ class Cohort(Program):
         if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks:
             raise Refused(f"'{_name(node)}' has hooks")
         prefix = f"{_name(node)}." if _name(node) else ""
-        stacks = {key: Stack(f"{prefix}{key}", held, self.size) for key, held in part.named_parameters()}
+        stacks = {key: Stack(f"{prefix}{key}", held) for key, held in part.named_parameters()}
         if not stacks or (operation := layer(part, stacks, self._moment)) is None:
             return None
         if any(stack.name in self._stacks for stack in stacks.values()):

@@ -88,16 +88,24 @@ class Moment:
 
 
 class Stack:
-    """One parameter of K sites.  Until the first step all of them stand at `start`, and nothing is written."""
+    """One parameter of K sites.  Until the first step all of them stand at `start`, and nothing is written.
 
-    def __init__(self, name: str, parameter: Any, size: int) -> None:
+    Its memory is for as many sites as there have been.
+    """
+
+    def __init__(self, name: str, parameter: Any) -> None:
         self.name, self.start, self.shape = name, parameter.detach(), parameter.shape
-        self.held = self._first = torch.empty(size, *parameter.shape, dtype=parameter.dtype, device=parameter.device)
-        self._single = self.held[0]
         self.fresh = True
         self.gradient: Any = None
         self.factors: Factors | None = None
-        self._spare: dict[str, Any] = {}
+        self._rooms: dict[str, Any] = {}
+        self.release()
+
+    def release(self) -> None:
+        """Give all memory back."""
+        self._rooms.clear()
+        self.gradient = self.factors = None
+        self._first = self._single = self.start.new_empty(0, *self.shape)
 
     def now(self, sites: int) -> Any:
         """The parameter of the first sites, [sites, ...]."""
@@ -106,7 +114,8 @@ class Stack:
     def first(self, sites: int) -> Any:
         """What is held for the first sites; as long as these are the same, so is the view (each takes its time)."""
         if self._first.shape[0] != sites:
-            self._first = self.held[:sites]
+            self._first = self.room("weights", sites)
+            self._single = self._first[0]
         return self._first
 
     def same(self, sites: int) -> Any:
@@ -117,7 +126,7 @@ class Stack:
         """The step of the first sites."""
         sites = gradient.shape[0]
         if rule.momentum:
-            velocity = self.spare("velocity")[:sites]
+            velocity = self.room("velocity", sites)
             velocity = velocity.zero_() if self.fresh else velocity.mul_(rule.momentum)
             self._move(velocity.add_(gradient, alpha=rule.gain), rule)
         else:
@@ -127,7 +136,7 @@ class Stack:
         """The step for the gradient left @ right, which is added where it belongs without being written down."""
         sites = left.shape[0]
         if rule.momentum:
-            velocity = self.spare("velocity")[:sites]
+            velocity = self.room("velocity", sites)
             beta = 0.0 if self.fresh else rule.momentum
             self._move(torch.baddbmm(velocity, left, right, beta=beta, alpha=rule.gain, out=velocity), rule)
             return
@@ -148,8 +157,8 @@ class Stack:
     def mean_change(self, shares: Any) -> Any:
         """sum_k shares_k (w_k - start): one product; a tensor of the caller's own."""
         if self.factors:
-            return self.factors.mean_change(shares.to(self.held.dtype))
-        total = torch.mv(self.held.view(len(self.held), -1)[: len(shares)].t(), shares.to(self.held.dtype))
+            return self.factors.mean_change(shares.to(self.start.dtype))
+        total = torch.mv(self.first(len(shares)).view(len(shares), -1).t(), shares.to(self.start.dtype))
         return total.view(self.shape).sub_(self.start, alpha=float(shares.sum()))
 
     def changes(self, sites: int) -> Any:
@@ -158,12 +167,14 @@ class Stack:
             return self.factors.changes(self.first(sites))
         return self.first(sites).sub_(self.start)
 
-    def spare(self, purpose: str) -> Any:
-        """Memory of the same shape, made once."""
-        if purpose not in self._spare:
+    def room(self, purpose: str, sites: int) -> Any:
+        """Memory for so many sites, [sites, ...]; made when more are asked for than ever before."""
+        room = self._rooms.get(purpose)
+        if room is None or len(room) < sites:
+            self._rooms[purpose] = None  # so that the old one goes before the new one comes
             with torch.inference_mode(False):  # else nobody but another such mode could write to it
-                self._spare[purpose] = torch.empty_like(self.held)
-        return self._spare[purpose]
+                room = self._rooms[purpose] = self.start.new_empty(sites, *self.shape)
+        return room[:sites]
 
 
 class Factors:
@@ -277,7 +288,7 @@ class Dense:
         if self._moment.fused:
             weight.move_by_product(rows.transpose(1, 2), self._x, rule)
         else:
-            weight.gradient = torch.bmm(rows.transpose(1, 2), self._x, out=weight.spare("gradient")[:sites])
+            weight.gradient = torch.bmm(rows.transpose(1, 2), self._x, out=weight.room("gradient", sites))
         return (dx,)
 
 

@@ -32,7 +32,7 @@ class Mapped(Program):
             raise Refused("a batch norm's running statistics cannot be mapped")
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
-                self._stacks[name] = Stack(name, parameter, self.size)
+                self._stacks[name] = Stack(name, parameter)
 
         def of(parameters: Any, x: Any, y: Any) -> Any:
             return loss(torch.func.functional_call(module, parameters, (x,)), y)
@@ -49,7 +49,7 @@ class Mapped(Program):
                 stack.gradient = found[name]
             return losses
         for stack in self._stacks.values():
-            stack.gradient = stack.spare("gradient")[:sites]
+            stack.gradient = stack.room("gradient", sites)
         for count in np.unique(visit.counts):
             which = torch.from_numpy(np.flatnonzero(visit.counts == count)).to(self._device)
             parameters = {name: stack.now(sites)[which] for name, stack in self._stacks.items()}

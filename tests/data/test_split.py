@@ -251,7 +251,7 @@ def test_so_many_names_are_remembered_and_no_more(values: np.ndarray | None):
     names = Names(3 * LATELY, values)
     said = list(names)
     assert [names.index(name) for name in said] == list(range(3 * LATELY))
-    assert len(vars(names)["lately"]) <= LATELY
+    assert len(vars(names)["_lately"]) <= LATELY
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ class Names(Sequence[str]):
     values: Array | None = None
 
     def __post_init__(self) -> None:
-        vars(self)["lately"] = {}
+        vars(self)["_lately"] = {}
         if self.values is not None and self.values.dtype.kind not in "iuU":  # whose text does not say which they were
             vars(self).update(values=np.array([str(value) for value in self.values]))
 
@@ -48,7 +48,7 @@ class Names(Sequence[str]):
             return [self[number] for number in range(self.size)[which]]
         number = range(self.size)[which]
         name = f"site-{number + 1}" if self.values is None else str(self.values[number])
-        lately: dict[str, int] = vars(self)["lately"]
+        lately: dict[str, int] = vars(self)["_lately"]
         if len(lately) == LATELY:
             lately.clear()
         lately[name] = number
@@ -61,7 +61,7 @@ class Names(Sequence[str]):
 
     def index(self, name: str, start: int = 0, stop: int | None = None) -> int:
         """The position of a name."""
-        number: int = vars(self)["lately"].get(name, -1)
+        number: int = vars(self)["_lately"].get(name, -1)
         if number < 0 and self.values is None:
             number = _number(name)
         elif number < 0:

@@ -44,7 +44,6 @@ KEPT = {-3: 1 << 25, -1: 1 << 29}
 """M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of glibc, in bytes: memory that was freed stays with the process, so that a
 model's arrays are not made of fresh pages for each site."""
 
-
 HUGE = {"GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")}
 """Memory in pages of 2 MB, where a system gives these to who asks: a processor that looks up 512 times as few of them
 trains some hundredths faster."""

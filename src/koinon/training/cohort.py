@@ -194,10 +194,8 @@ class Program:
             stack.fresh, stack.factors = False, None
             if rule.momentum:
                 stack.room("velocity", len(own)).zero_()
-            for place, weights in enumerate(own):
-                stack.first(len(own))[place].copy_(
-                    torch.from_numpy(np.array(weights[name])) if weights else stack.start
-                )
+            for held, weights in zip(stack.first(len(own)), own, strict=True):
+                held.copy_(torch.from_numpy(np.array(weights[name])) if weights else stack.start)
 
     def _weights(self, sites: int) -> dict[str, Any]:
         return {name: stack.now(sites) for name, stack in self._stacks.items()}

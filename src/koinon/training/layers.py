@@ -114,6 +114,7 @@ class Stack:
     def first(self, sites: int) -> Any:
         """What is held for the first sites; as long as these are the same, so is the view (each takes its time)."""
         if self._first.shape[0] != sites:
+            self._first = self._single = None  # they would hold a room that must be made larger
             self._first = self.room("weights", sites)
             self._single = self._first[0]
         return self._first

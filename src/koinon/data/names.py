@@ -6,7 +6,7 @@ import contextlib
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any, overload
 
 import numpy as np
@@ -84,7 +84,6 @@ class Names(Sequence[str]):
         return int, ordered.astype("i8" if kind == "i" else "u8").data, places.data
 
 
-@lru_cache(maxsize=1 << 12)
 def _number(name: str) -> int:
     """Which site of all without values this is, from 0; -1 if none: only one text is a name, 'site-01' is nobody's."""
     try:

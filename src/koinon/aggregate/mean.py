@@ -44,9 +44,11 @@ def add(state: State, update: Arrays, weight: float) -> State:
     nothing to multiply.
     """
     if not state["sum"]:
-        total = {name: np.zeros(array.shape, np.result_type(array, np.float32)) for name, array in update.items()}
+        total = {name: np.array(array, np.result_type(array, np.float32)) for name, array in update.items()}
+        for each in total.values() if weight < 1 else ():
+            each *= weight
         types = {name: array.dtype.name for name, array in update.items()}
-        state = {"sum": total, "unit": max(weight, 1.0), "weight": 0.0, "types": types}
+        return {"sum": total, "unit": max(weight, 1.0), "weight": weight, "types": types}
     if state["unit"] not in (1.0, weight):
         for total in state["sum"].values():
             total *= state["unit"]

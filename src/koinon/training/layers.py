@@ -21,8 +21,8 @@ nn: Any = torch.nn
 functional: Any = torch.nn.functional
 
 
-FEW = 8
-"""Steps up to which it may pay to keep what each of them saw."""
+FEW, FEW_CLASSES = 8, 32
+"""Steps up to which it may pay to keep what each of them saw, and classes up to which a softmax goes across rows."""
 
 
 @dataclass(frozen=True)
@@ -384,7 +384,8 @@ def layer(part: Any, stacks: Mapping[str, Stack], moment: Moment) -> Operation |
 
 def cross_entropy(outputs: Any, targets: Any, weights: Any) -> tuple[Any, Any]:
     """The loss of each row, and the gradient of their weighted sum by the outputs [rows, classes]."""
-    logs = torch.log_softmax(outputs, 1)
+    # Along rows of few classes PyTorch's kernel takes several times as long as across them.
+    logs = torch.log_softmax(outputs.t(), 0).t() if outputs.shape[1] <= FEW_CLASSES else torch.log_softmax(outputs, 1)
     each = functional.nll_loss(logs, targets, reduction="none")
     gradient = logs.exp_().scatter_(1, targets.unsqueeze(1), -1.0, reduce="add")
     return each, gradient.mul_(weights.unsqueeze(1))

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from koinon import errors
-from koinon.errors import JobError, KoinonError, MissingExtra, QuorumNotReached, extra, nearest
+from koinon.errors import JobError, KoinonError, MissingExtra, QuorumNotReached, extra, in_a_line, nearest
 
 TREE = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, Exception)]
 
@@ -35,6 +35,20 @@ def test_a_mismatch_of_filters_is_an_error_of_the_job():
 def test_an_unknown_name_is_told_the_nearest(name, known, ending):
     """Or all that are known, in order."""
     assert nearest(name, known) == ending
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (JobError("no file"), "no file"),
+        (KeyError("label"), "KeyError: 'label'"),
+        (MemoryError(), "out of memory: a smaller model, smaller batches or fewer workers need less"),
+        (MemoryError("8 GiB"), "out of memory (8 GiB): a smaller model, smaller batches or fewer workers need less"),
+    ],
+)
+def test_whatever_ends_a_run_is_told_in_a_line(error, line):
+    """Koinon's own errors by their words, others with their class; what is too large, with what to do."""
+    assert in_a_line(error) == line
 
 
 def test_a_quorum_error_carries_a_traceback():

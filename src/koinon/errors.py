@@ -96,6 +96,9 @@ def in_a_line(error: Exception) -> str:
     >>> in_a_line(DataError("no file")), in_a_line(KeyError("label"))
     ('no file', "KeyError: 'label'")
     """
+    if isinstance(error, MemoryError):
+        why = f" ({error})" if str(error) else ""
+        return f"out of memory{why}: a smaller model, smaller batches or fewer workers need less"
     return str(error) if isinstance(error, KoinonError) else f"{type(error).__name__}: {error}"
 
 

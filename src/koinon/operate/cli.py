@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from koinon import tracking
-from koinon.errors import KoinonError, MissingExtra, QuorumNotReached, RunError
+from koinon.errors import KoinonError, MissingExtra, QuorumNotReached, RunError, in_a_line
 from koinon.operate import afar, federate, session
 from koinon.operate import doctor as health
 from koinon.operate import sweep as sweeping
@@ -231,7 +231,7 @@ def main() -> None:
         site = error.traceback if isinstance(error, QuorumNotReached) else ""
         _stop(f"{site}error: {error}", debug)
     except Exception as error:
-        _stop(f"error: {type(error).__name__}: {error} (--debug shows where)", debug)
+        _stop(f"error: {in_a_line(error)} (--debug shows where)", debug)
 
 
 def _stop(message: str, debug: bool) -> None:

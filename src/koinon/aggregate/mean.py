@@ -45,8 +45,9 @@ def add(state: State, update: Arrays, weight: float) -> State:
     """
     if not state["sum"]:
         total = {name: np.array(array, np.result_type(array, np.float32)) for name, array in update.items()}
-        for each in total.values() if weight < 1 else ():
-            each *= weight
+        if weight < 1:
+            for each in total.values():
+                each *= weight
         types = {name: array.dtype.name for name, array in update.items()}
         return {"sum": total, "unit": max(weight, 1.0), "weight": weight, "types": types}
     if state["unit"] not in (1.0, weight):

@@ -323,6 +323,31 @@ def test_nothing_outside_a_run_folder_is_read(world: World):
     world.call("boss", "POST", f"/v1/jobs/{job}/stop")
 
 
+def test_a_run_folder_is_listed_while_its_job_writes(world: World):
+    """What is gone by the time that it is looked at is no file of it, and no fault of the server's."""
+    job, over = world.submit(sites=["a"]), threading.Event()
+    run = world.run / "jobs" / job / "run"
+    wait(run.is_dir)
+
+    def write() -> None:
+        while not over.is_set():
+            for number in range(100):
+                (run / f"{number}.tmp").write_bytes(b"")
+            for number in range(100):
+                (run / f"{number}.tmp").unlink()
+
+    writing = threading.Thread(target=write)
+    writing.start()
+    try:
+        for number in range(100):
+            assert world.call("boss", "GET", f"/v1/jobs/{job}/files")[0] == 200
+            assert world.call("boss", "GET", f"/v1/jobs/{job}/files/{number}.tmp")[0] in (200, 404)
+    finally:
+        over.set()
+        writing.join()
+    world.call("boss", "POST", f"/v1/jobs/{job}/stop")
+
+
 @pytest.mark.parametrize(
     ("body", "status", "said"),
     [

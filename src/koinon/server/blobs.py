@@ -8,10 +8,11 @@ A process may be killed at any moment: what no row of the store names was never 
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
 import uuid
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -19,6 +20,12 @@ from koinon.disk import settle
 
 REMEMBERED = 1000
 """So many cut arrivals are not read again when they go on."""
+
+HELD = 4
+"""Pieces of an arrival that wait for the disk, at most, beside those that are being written."""
+
+QUIET = 60.0
+"""Seconds after which an arrival that does not move is given up."""
 
 
 def place(*names: str) -> str:
@@ -133,3 +140,46 @@ class Arrival:
     def close(self) -> None:
         """No more will come for now."""
         self._file.close()
+
+
+async def receive(
+    come: Callable[[], Awaitable[bytes]], arrival: Arrival, rest: int, moved: Callable[[int], None]
+) -> None:
+    """Write what comes while more is coming; should the line stand still, what came is written nevertheless.
+
+    Args:
+        come: the next piece; an empty one where the line ends.
+        arrival: takes it.
+        rest: so many bytes are to come.
+        moved: is told how many have come, with each piece.
+
+    Raises:
+        ConnectionResetError: the line is cut.
+        TimeoutError: nothing has come for `QUIET` seconds.
+        OSError: there is no room; what was written stays.
+    """
+    held: list[bytes] = []
+    writing: asyncio.Task[None] | None = None
+
+    async def write() -> None:
+        while held:
+            pieces = held.copy()
+            held.clear()
+            await asyncio.to_thread(arrival.add, pieces)
+
+    try:
+        while rest:
+            async with asyncio.timeout(QUIET):
+                piece = await come()
+            if not piece:
+                raise ConnectionResetError
+            held.append(piece)
+            rest -= len(piece)
+            moved(len(piece))
+            if writing and (writing.done() or len(held) == HELD):
+                await writing
+            if not writing or writing.done():
+                writing = asyncio.create_task(write())
+    finally:
+        if writing:
+            await writing

@@ -202,8 +202,9 @@ class Jobs:
             for task in job.tasks.values()
         )
 
-    def moved(self, answer: Answer) -> None:
-        """Some of an answer's bytes have come: its site does not stand still."""
+    def moved(self, answer: Answer, size: int) -> None:
+        """So many of an answer's bytes have come: its site does not stand still."""
+        self.counts["bytes_in"] += size
         self.seen[answer.site] = now = time.monotonic()
         if (job := self.running.get(answer.job)) and (answer.task, answer.site) in job.since:
             job.since[answer.task, answer.site] = now

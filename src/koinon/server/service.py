@@ -20,6 +20,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 from weakref import WeakKeyDictionary
@@ -30,7 +31,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from koinon.errors import Refused
 from koinon.server.access import Denied, Door, permit, said, stops
-from koinon.server.blobs import Arrival, Blobs
+from koinon.server.blobs import QUIET, Arrival, Blobs, receive
 from koinon.server.jobs import Jobs, room
 from koinon.server.store import ACTIVE, Answer, Entry
 from koinon.site import bundle, certificates
@@ -48,14 +49,8 @@ FAILED = 64 << 10
 PIECE = 1 << 18
 """Bytes of a transfer that are handed on at once."""
 
-HELD = 4
-"""Pieces of an upload that wait for the disk, at most, beside those that are being written."""
-
 WAIT = 25.0
 """Seconds for which a poll is kept waiting, at most."""
-
-QUIET = 60.0
-"""Seconds after which an upload that does not move is given up."""
 
 LOOK = 0.25
 """Seconds between looks at a growing file that somebody watches."""
@@ -257,7 +252,7 @@ class Service:
         async with self._turn(answer.owner, request.transport):
             if verdict := await self._settled(answer):
                 return _said(Receipt(answer.size, verdict))
-            self._roomy(rest, who)
+            self._roomy(request, rest, who)
             return await self._arrive(request, answer, offset, rest)
 
     async def _arrive(self, request: web.Request, answer: Answer, offset: int, rest: int) -> web.StreamResponse:
@@ -268,7 +263,7 @@ class Service:
             if arrival.size != offset:
                 return _said(Receipt(arrival.size), 409)
             self._jobs.counts["uploads_resumed"] += offset > 0
-            await self._receive(request, arrival, rest, lambda: self._jobs.moved(answer))
+            await receive(request.content.readany, arrival, rest, partial(self._jobs.moved, answer))
             if arrival.size < answer.size:
                 return _said(Receipt(arrival.size))
             found = await asyncio.to_thread(arrival.finish)
@@ -286,32 +281,6 @@ class Service:
         _LOG.debug("site '%s' answered '%s' of '%s': %s", answer.site, answer.task, answer.job, verdict)
         return _said(Receipt(answer.size, verdict))
 
-    async def _receive(self, request: web.Request, arrival: Arrival, rest: int, moved: Callable[[], None]) -> None:
-        """Write what comes while more is coming; so many pieces are in memory at most."""
-        writing, loop, held = None, asyncio.get_running_loop(), []
-        # Whoever brings much may have a larger buffer of asyncio: the main thread works a quarter less.
-        if rest > PIECE and (tls := getattr(request.transport, "_ssl_protocol", None)):
-            tls.max_size = PIECE
-        try:
-            while rest:
-                async with asyncio.timeout(QUIET):
-                    held.append(await request.content.readany())
-                if not held[-1]:
-                    raise ConnectionResetError
-                rest -= len(held[-1])
-                self._jobs.counts["bytes_in"] += len(held[-1])
-                moved()
-                if writing and (writing.done() or len(held) == HELD):
-                    await writing
-                    writing = None
-                if not writing:
-                    writing, held = loop.run_in_executor(None, arrival.add, held), []
-        finally:
-            if writing:
-                await writing
-            if held:
-                await loop.run_in_executor(None, arrival.add, held)
-
     @asynccontextmanager
     async def _turn(self, owner: str, transport: asyncio.Transport | None) -> AsyncIterator[None]:
         """One upload of an answer at a time: whoever comes later has the newer line, and the other is cut."""
@@ -327,9 +296,12 @@ class Service:
             del self._uploads[owner]
             over.set()
 
-    def _roomy(self, rest: int, who: Identity) -> None:
+    def _roomy(self, request: web.Request, rest: int, who: Identity) -> None:
+        """On the disk; and in a larger buffer of asyncio for whoever brings much, which saves a quarter of the work."""
         if not room(self._blobs.folder, self._jobs.settings.disk_gb + rest / 1e9):
             raise Denied(507, f"there is no room on the server's disk for the {rest} bytes of '{who.name}'")
+        if rest > PIECE and (tls := getattr(request.transport, "_ssl_protocol", None)):
+            tls.max_size = PIECE
 
     async def _settled(self, answer: Answer) -> Verdict | None:
         """What became of an answer before, or would of one that nobody waits for."""
@@ -361,10 +333,10 @@ class Service:
 
     async def _submit(self, request: web.Request, who: Identity) -> web.StreamResponse:
         rest = _length(request, bundle.LARGEST)
-        self._roomy(rest, who)
+        self._roomy(request, rest, who)
         arrival = Arrival(path := self._blobs.scratch())
         try:
-            await self._receive(request, arrival, rest, lambda: None)
+            await receive(request.content.readany, arrival, rest, lambda size: self._jobs.counts.update(bytes_in=size))
             digest = await asyncio.to_thread(arrival.finish)
             found = await asyncio.to_thread(bundle.check, path, self._kit.root.read_bytes(), self._door.revoked)
             if found.owner.name != who.name:
@@ -391,13 +363,17 @@ class Service:
         return web.json_response(_shown(self._entry(request)))
 
     async def _files(self, request: web.Request, who: Identity) -> web.StreamResponse:
-        files = self._run_folder(request)
-        return web.json_response([{"name": name, "size": path.stat().st_size} for name, path in files.items()])
+        files = []
+        for name, path in self._run_folder(request).items():
+            with suppress(FileNotFoundError):  # a job replaces its files at any time
+                files.append({"name": name, "size": path.stat().st_size})
+        return web.json_response(files)
 
     async def _file(self, request: web.Request, who: Identity) -> web.StreamResponse:
         name = request.match_info["name"]
         if path := self._run_folder(request).get(name):
-            return await self._send(request, path)
+            with suppress(FileNotFoundError):
+                return await self._send(request, path)
         raise Denied(404, f"the job '{request.match_info['id']}' has no file '{name}'")
 
     async def _events(self, request: web.Request, who: Identity) -> web.StreamResponse:

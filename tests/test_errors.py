@@ -44,6 +44,12 @@ def test_an_unknown_name_is_told_the_nearest(name, known, ending):
         (KeyError("label"), "KeyError: 'label'"),
         (MemoryError(), "out of memory: a smaller model, smaller batches or fewer workers need less"),
         (MemoryError("8 GiB"), "out of memory (8 GiB): a smaller model, smaller batches or fewer workers need less"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+            "out of memory (DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes): "
+            "a smaller model, smaller batches or fewer workers need less",
+        ),
+        (JobError("site 'a' failed: out of memory (8 GiB)"), "site 'a' failed: out of memory (8 GiB)"),
     ],
 )
 def test_whatever_ends_a_run_is_told_in_a_line(error, line):

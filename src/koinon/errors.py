@@ -96,10 +96,22 @@ def in_a_line(error: Exception) -> str:
     >>> in_a_line(DataError("no file")), in_a_line(KeyError("label"))
     ('no file', "KeyError: 'label'")
     """
-    if isinstance(error, MemoryError):
-        why = f" ({error})" if str(error) else ""
-        return f"out of memory{why}: a smaller model, smaller batches or fewer workers need less"
-    return str(error) if isinstance(error, KoinonError) else f"{type(error).__name__}: {error}"
+    if isinstance(error, KoinonError):
+        return str(error)
+    if not out_of_memory(error):
+        return f"{type(error).__name__}: {error}"
+    why = f" ({error})" if str(error) else ""
+    return f"out of memory{why}: a smaller model, smaller batches or fewer workers need less"
+
+
+def out_of_memory(error: Exception) -> bool:
+    """NumPy raises MemoryError; PyTorch and others say it in their own words.
+
+    >>> out_of_memory(MemoryError()), out_of_memory(RuntimeError("CUDA out of memory")), out_of_memory(KeyError("a"))
+    (True, True, False)
+    """
+    words = ("out of memory", "can't allocate memory", "bad_alloc", "RESOURCE_EXHAUSTED")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from koinon.aggregate import Aggregator
-from koinon.errors import JobError, in_a_line
+from koinon.errors import JobError, in_a_line, out_of_memory
 from koinon.filters import NOTHING, Crossing
 from koinon.payload import Arrays, Payload, tree
 from koinon.task import Answers, Context, Failure, Job, Result, Task, Worker, averaged, checked, expected
@@ -77,7 +77,7 @@ class Agent:
             try:
                 return self._at_once(task, sites, states, aggregator)
             except Exception as error:
-                many = len(sites) > 1 and _out_of_memory(error)
+                many = len(sites) > 1 and out_of_memory(error)
             if many:  # only now has the error let go of what it held
                 return self._halved(task, sites, states, aggregator)
         try:
@@ -172,9 +172,3 @@ def failed(error: BaseException) -> Failure:
     """One line and the traceback."""
     reason = in_a_line(error) if isinstance(error, Exception) else f"it called sys.exit({error})"
     return Failure(reason, "".join(traceback.format_exception(error)))
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """NumPy raises MemoryError; PyTorch and others say it in their own words."""
-    words = ("out of memory", "can't allocate memory", "bad_alloc", "RESOURCE_EXHAUSTED")
-    return isinstance(error, MemoryError) or any(word in str(error) for word in words)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import ssl
 import threading
@@ -405,6 +406,21 @@ def test_a_site_that_is_refused_hears_why(ours: Path, peer: Peer, status: int, t
     assert {row.name: row.ok for row in found} == ROWS | {"server": False}
     (row,) = (row for row in found if row.name == "server")
     assert said in row.said and "\n" not in row.said
+
+
+def test_a_site_whose_data_are_not_there(ours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Before a job fails of it; words that name no file are the jobs' own."""
+    (tmp_path / "train.csv").touch()
+    said = f'train = "{tmp_path}/train.csv"\ntest = 0.2\ntarget = "label"\nscans = "{tmp_path}/scans"\n'
+    (ours / "settings.toml").write_text(f"[data]\n{said}")
+    found = [(row.ok, row.said.removeprefix(f"train = '{tmp_path}/")) for row in check(ours) if row.name == "data"]
+    assert found == [(True, "train.csv' can be read by this user"), (False, f"scans = '{tmp_path}/scans' is not there")]
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root, who may be running this, may read everything
+    found = [(row.ok, row.said) for row in check(ours) if row.name == "data"]
+    assert found[0] == (False, f"train = '{tmp_path}/train.csv' cannot be read by this user")
+    (ours / "settings.toml").write_text('[data]\ntrain = "train.csv"\n')
+    (row,) = (row for row in check(ours) if row.name == "data")
+    assert not row.ok and "give the full path" in row.said
 
 
 def test_a_site_that_cannot(ours: Path, peer: Peer, kits: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

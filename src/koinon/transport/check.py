@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import partial
@@ -38,7 +39,7 @@ class Row(NamedTuple):
 
 
 def check(folder: str | Path) -> list[Row]:
-    """Look at a site's kit, the way to its servers, the clock, the versions and the disk.  Never raises."""
+    """Look at a site's kit, its data, the way to its servers, the clock, the versions and the disk.  Never raises."""
     rows: list[Row] = []
     kit = _try(rows, "kit", partial(open_kit, folder))
     if kit is None:
@@ -46,6 +47,7 @@ def check(folder: str | Path) -> list[Row]:
     said = f"{kit.role} '{kit.name}' of '{kit.project}', until {owner(kit).until:%Y-%m-%d}"
     rows.append(Row("kit", kit.role == "site", said if kit.role == "site" else f"it is {said}: take a site's"))
     chosen = _try(rows, "settings", partial(settings, kit, SiteSettings)) or SiteSettings()
+    rows += _data(chosen.data)
     for server in kit.servers:
         if way := _try(rows, "address", partial(route, server)):
             rows += _way(kit, way)
@@ -60,6 +62,20 @@ def _try(rows: list[Row], name: str, look: Callable[[], T]) -> T | None:
     except (KoinonError, OSError, ValueError) as error:
         rows.append(Row(name, False, in_a_line(error)))
         return None
+
+
+def _data(named: Mapping[str, str | int | float | bool]) -> Iterator[Row]:
+    """Whether the files and folders are there; what is in them only a job will see."""
+    paths = {name: Path(value) for name, value in named.items() if isinstance(value, str)}
+    for name, path in paths.items():
+        if not path.is_absolute():  # `target`, `classes`, and other words for jobs
+            if name in ("train", "test"):
+                yield Row("data", False, f"{name} = '{path}': give the full path, as a job runs in a folder of its own")
+        elif not path.exists():
+            yield Row("data", False, f"{name} = '{path}' is not there")
+        else:
+            ok = os.access(path, os.R_OK)
+            yield Row("data", ok, f"{name} = '{path}' {'can' if ok else 'cannot'} be read by this user")
 
 
 def _way(kit: Kit, way: Route) -> Iterator[Row]:

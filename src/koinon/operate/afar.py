@@ -165,7 +165,10 @@ def _kit(on: str, sites: Sequence[str] | None) -> Iterator[Path]:
         there = {row["name"] for row in poc.status(POC)} - {"server"}
         if strange := [name for name in sites or () if name not in there]:
             names = f"{', '.join(strange[:3])}{' …' if len(strange) > 3 else ''}"
-            raise RunError(f"the proof of concept in '{POC}' has {len(there)} sites, and the job asks {names} too")
+            raise RunError(
+                f"the proof of concept in '{POC}' has {len(there)} sites, and the job asks {names} too: "
+                "end it with `koinon poc stop`, and this command makes one of its own"
+            )
         yield poc.admin(POC)
     else:
         folder, ends = Path(tempfile.mkdtemp(prefix="koinon-poc-")), (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -27,7 +27,7 @@ from koinon.payload import Payload
 from koinon.server.blobs import measured
 from koinon.server.store import ACTIVE, Answer, Entry, Posted, Store
 from koinon.site import bundle
-from koinon.site.child import Child, masking, plain, remove
+from koinon.site.child import Child, last_words, masking, remove
 from koinon.site.kit import ServerSettings
 from koinon.task import Board, Failure, Result, Task, Verdict
 from koinon.task.wire import Assignment, Orders, Poll
@@ -331,7 +331,7 @@ class Running:
             await self._insist({"state": "stopped", "reason": "on demand"})
             return
         self._deaths += room(self.folder, self._jobs.settings.disk_gb)
-        last = _last_line(self.folder / "log.txt")
+        last = last_words(self.folder / "log.txt")
         _LOG.warning("the controller of '%s' ended with exit status %s: %s", self.id, code, last)
         if self._deaths >= DEATHS:
             why = f"its controller died {DEATHS} times in one round, last with exit status {code}: {last}"
@@ -490,11 +490,3 @@ class Running:
 def room(folder: Path, disk_gb: float) -> bool:
     """Whether more than so much of the disk is free."""
     return shutil.disk_usage(folder).free > disk_gb * 1e9
-
-
-def _last_line(log: Path) -> str:
-    with contextlib.suppress(OSError), os.fdopen(plain(log), "rb") as file:
-        file.seek(max(0, os.fstat(file.fileno()).st_size - 4096))
-        lines = file.read().decode(errors="replace").strip().splitlines()
-        return lines[-1] if lines else "it said nothing"
-    return "it said nothing"

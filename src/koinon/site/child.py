@@ -228,6 +228,18 @@ def plain(path: Path, flags: int = os.O_RDONLY) -> int:
     return at
 
 
+def last_words(log: Path, lines: int = 1) -> str:
+    """The last lines of a log that a job has written, of its last 8 KB."""
+    try:
+        at = plain(log)
+    except OSError as cause:
+        return f"its log cannot be read: {cause}"
+    with os.fdopen(at, "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 8192))
+        said = file.read().decode(errors="replace").strip()
+    return "\n".join(said.splitlines()[-lines:]) or "it said nothing"
+
+
 def remove(path: Path) -> None:
     """Delete whatever a job has put there, and nothing that it leads to."""
     if path.is_dir() and not path.is_symlink():

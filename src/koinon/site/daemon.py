@@ -7,7 +7,6 @@ runs.  Nothing here decides what is to be done next.
 from __future__ import annotations
 
 import logging
-import os
 import queue
 import random
 import threading
@@ -23,7 +22,7 @@ import msgspec
 from koinon.errors import KitError, LinkError, Refused
 from koinon.site import bundle, certificates, signing
 from koinon.site import kit as kits
-from koinon.site.child import Child, masking, plain
+from koinon.site.child import Child, last_words, masking
 from koinon.site.kit import Identity, Kit, SiteSettings
 from koinon.site.spool import Spool
 from koinon.task.errands import KEPT, Answer, Backoff, Deliver, Discard, Errands, Forget, Step, Work
@@ -345,7 +344,7 @@ class Daemon:
             _log.warning("the process of job '%s' %s while it worked on '%s'", here.job, child.reason, asked.task)
         if given_up:
             reason = f"the job's process {child.reason}; that was the third time with this task"
-            self._fail(_about(asked), reason, _last_lines(child.folder / "log.txt"))
+            self._fail(_about(asked), reason, last_words(child.folder / "log.txt", LAST))
 
     def _ready(self, here: Hosted, asked: Assignment) -> Process:
         """The job's process, started if it does not run.
@@ -441,13 +440,3 @@ def accepts(accept: Sequence[str], who: Identity) -> bool:
 
 def _about(asked: Assignment, seconds: float = 0.0) -> Answer:
     return Answer(asked.job, asked.task, asked.digest, "", 0, seconds, False)
-
-
-def _last_lines(log: Path) -> str:
-    try:
-        at = plain(log)
-    except OSError as cause:
-        return f"its log cannot be read: {cause}"
-    with os.fdopen(at, "rb") as file:
-        file.seek(max(0, file.seek(0, 2) - 8192))
-        return "\n".join(file.read().decode(errors="replace").splitlines()[-LAST:])

@@ -159,13 +159,14 @@ async def receive(
         OSError: there is no room; what was written stays.
     """
     held: list[bytes] = []
-    writing: asyncio.Task[None] | None = None
+    writing = batch = None
 
     async def write() -> None:
+        nonlocal batch
         while held:
-            pieces = held.copy()
+            batch = asyncio.get_running_loop().run_in_executor(None, arrival.add, held.copy())
             held.clear()
-            await asyncio.to_thread(arrival.add, pieces)
+            await batch
 
     try:
         while rest:
@@ -176,10 +177,12 @@ async def receive(
             held.append(piece)
             rest -= len(piece)
             moved(len(piece))
-            if writing and (writing.done() or len(held) == HELD):
-                await writing
+            if batch and len(held) == HELD:
+                await batch
             if not writing or writing.done():
-                writing = asyncio.create_task(write())
+                if writing:
+                    writing.result()
+                writing = batch = asyncio.create_task(write())
     finally:
         if writing:
             await writing

@@ -421,6 +421,10 @@ def test_a_site_whose_data_are_not_there(ours: Path, tmp_path: Path, monkeypatch
     (ours / "settings.toml").write_text('[data]\ntrain = "train.csv"\n')
     (row,) = (row for row in check(ours) if row.name == "data")
     assert not row.ok and "give the full path" in row.said
+    for strange in ("/" + 300 * "x", "/\\u0000"):  # the system raises, as it does for a folder that may not be entered
+        (ours / "settings.toml").write_text(f'[data]\ntrain = "{strange}"\n')
+        (row,) = (row for row in check(ours) if row.name == "data")
+        assert not row.ok and "cannot be read by this user: " in row.said
 
 
 def test_a_site_that_cannot(ours: Path, peer: Peer, kits: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -66,16 +66,20 @@ def _try(rows: list[Row], name: str, look: Callable[[], T]) -> T | None:
 
 def _data(named: Mapping[str, str | int | float | bool]) -> Iterator[Row]:
     """Whether the files and folders are there; what is in them only a job will see."""
-    paths = {name: Path(value) for name, value in named.items() if isinstance(value, str)}
-    for name, path in paths.items():
+    paths = [(name, Path(value)) for name, value in named.items() if isinstance(value, str)]
+    for name, path in paths:
         if not path.is_absolute():  # `target`, `classes`, and other words for jobs
             if name in ("train", "test"):
                 yield Row("data", False, f"{name} = '{path}': give the full path, as a job runs in a folder of its own")
-        elif not path.exists():
-            yield Row("data", False, f"{name} = '{path}' is not there")
-        else:
+            continue
+        try:
+            path.stat()
             ok = os.access(path, os.R_OK)
             yield Row("data", ok, f"{name} = '{path}' {'can' if ok else 'cannot'} be read by this user")
+        except (FileNotFoundError, NotADirectoryError):
+            yield Row("data", False, f"{name} = '{path}' is not there")
+        except (OSError, ValueError) as cause:  # a folder that this user may not enter, a file server that is away
+            yield Row("data", False, f"{name} = '{path}' cannot be read by this user: {cause}")
 
 
 def _way(kit: Kit, way: Route) -> Iterator[Row]:

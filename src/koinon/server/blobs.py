@@ -177,11 +177,9 @@ async def receive(
             held.append(piece)
             rest -= len(piece)
             moved(len(piece))
-            if batch and len(held) == HELD:
+            if batch and (batch.done() or len(held) == HELD):
                 await batch
             if not writing or writing.done():
-                if writing:
-                    writing.result()
                 writing = batch = asyncio.create_task(write())
     finally:
         if writing:
